@@ -1,0 +1,1077 @@
+"""GME Service: multimodal embeddings of text and images over HTTP, from one module.
+
+What flows through it: a request's texts and images become token ids and pixel patches (Inputs), wait with those of
+all other requests (Batcher), pass through Qwen2-VL in batches (Model), and leave as L2-normalised float32 vectors
+(HTTP). The vectors are those of the model's authors' published code: README.md says where each rule comes from.
+"""
+
+import argparse
+import asyncio
+import bisect
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import orjson
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, RedirectResponse
+from fastapi_offline import FastAPIOffline
+from filelock import FileLock
+from PIL import Image, ImageOps
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from tokenizers import Encoding, Tokenizer
+from torch.nn import functional
+from transformers import DynamicCache, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
+
+# ---------------------------------------------------------------------------------------------------- 1. Settings
+
+
+class Settings(BaseSettings):
+    """The environment variables `GME_*`; README.md has the table."""
+
+    model_config = SettingsConfigDict(env_prefix="GME_", env_ignore_empty=True, extra="ignore")
+
+    model_dir: Path = Path("~/gme_models")
+    model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
+    model_revision: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_length: int = Field(1800, ge=64, le=32768)
+    max_batch_tokens: int | None = Field(None, ge=1)
+    max_inputs: int = Field(2048, ge=1)
+    max_body_mb: float = Field(32, gt=0)
+    max_image_pixels: int = Field(100_000_000, ge=1)
+    max_queue: int = Field(16384, ge=1)
+    cache_mb: float = Field(64, ge=0)
+    api_key: str | None = None
+
+    @classmethod
+    def load(cls) -> "Settings":
+        """Read the environment. Raises `SystemExit` with a sentence for each variable that does not parse."""
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SystemExit(
+                "\n".join(
+                    f"GME_{str(fault['loc'][0]).upper()}={fault['input']!r} cannot be used: {fault['msg']}."
+                    for fault in error.errors()
+                )
+            ) from None
+
+
+# -------------------------------------------------------------------------------------------------- 2. Checkpoint
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` holds a whole checkpoint: config, tokenizer, preprocessor config and every weight shard.
+
+    A shard's header records where its last tensor ends, so one that was cut short is found without reading it.
+    """
+    index = directory / "model.safetensors.index.json"
+    try:
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+            json.loads((directory / name).read_bytes())
+        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for shard in shards:
+            with safe_open(directory / shard, framework="np"):
+                pass
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+        return False
+    return True
+
+
+def find_checkpoint(settings: Settings) -> Path:
+    """The directory of the checkpoint, downloaded from ModelScope first when it is not complete on disk.
+
+    Raises `SystemExit` with one sentence when it can be had neither way.
+    """
+    directory = settings.model_dir.expanduser() / settings.model_id
+    if is_complete(directory):
+        return directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.parent / f".{directory.name}.lock"):  # one download per machine, however many workers
+            if not is_complete(directory):
+                from modelscope import snapshot_download  # 1.3 s to import, and needed once
+
+                snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
+        if is_complete(directory):
+            return directory
+        reason = "what the hub sent is not a complete Qwen2-VL checkpoint"
+    except Exception as error:  # the client raises many kinds, its HTTP library's among them
+        reason = f"{type(error).__name__}: {error}"
+    raise SystemExit(
+        f"No checkpoint of {settings.model_id}: {directory} is not complete, and downloading it from ModelScope"
+        f" ({os.environ.get('MODELSCOPE_ENDPOINT', 'https://www.modelscope.cn')}) failed ({reason})."
+        f" Put the model's files into that directory by hand, or set GME_MODEL_DIR to a directory that has them in"
+        f" {settings.model_id}, or set MODELSCOPE_ENDPOINT to a hub that this machine can reach."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ 3. Inputs
+
+DEFAULT_INSTRUCTION = "You are a helpful assistant."
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")
+VISION_START = "<|vision_start|>"
+IMAGE = f"{VISION_START}<|image_pad|><|vision_end|>"
+HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+PATCH_FACTOR = 28  # a vision token covers 2 x 2 patches of 14 x 14 pixels
+MAX_SIDE_RATIO = 200
+CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
+Image.MAX_IMAGE_PIXELS = None  # `read_image` has the limit: Pillow's own warns at one size and raises at another
+
+
+class InputError(ValueError):
+    """What the client sent cannot be embedded; the message says what to change."""
+
+
+class ImageTooLargeError(InputError):
+    """An image of more pixels than `GME_MAX_IMAGE_PIXELS`."""
+
+
+@dataclass(slots=True, frozen=True)
+class Source:
+    """One input as a client sent it: a text, an image file's bytes, or both (fused into one vector)."""
+
+    text: str = ""
+    image: bytes | None = None
+    instruction: str = DEFAULT_INSTRUCTION
+
+    @property
+    def weight(self) -> int:
+        """What it costs to prepare, in characters of text."""
+        return 32 + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
+
+
+@dataclass(slots=True, frozen=True)
+class Input:
+    """One input as the model reads it."""
+
+    token_ids: np.ndarray  # (length,) int64
+    prefix: tuple[int, ...]  # token ids of the instruction: the head that inputs with the same instruction share
+    shared: int  # how many of this input's first token ids are those of `prefix`, less than its length
+    image_start: int = 0  # position of the first image token
+    image_grid_thw: tuple[int, int, int] | None = None  # (1, rows, columns) of 14-pixel patches
+    pixel_values: np.ndarray | None = None  # (rows * columns, 1176) float32
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a forward has to compute for it."""
+        return len(self.token_ids) - self.shared
+
+    def key(self) -> bytes:
+        """A digest of all that the vector depends on."""
+        digest = hashlib.blake2b(self.token_ids.tobytes(), digest_size=32)
+        if self.pixel_values is not None:
+            digest.update(repr((self.image_start, self.image_grid_thw)).encode())
+            digest.update(np.ascontiguousarray(self.pixel_values))
+        return digest.digest()
+
+
+def first_resize(width: int, height: int) -> tuple[int, int]:
+    """The size (width, height) to which the authors' `fetch_image` brings an image before the processor sees it.
+
+    Multiples of 28, [4 * 28^2, 16384 * 28^2] pixels, sides of at least 28, a side ratio of at most 200.
+    """
+
+    def multiple(value: float, rounded: Callable[[float], int]) -> int:
+        return max(PATCH_FACTOR, rounded(value / PATCH_FACTOR) * PATCH_FACTOR)
+
+    min_pixels, max_pixels = 4 * PATCH_FACTOR**2, 16384 * PATCH_FACTOR**2
+    w, h = multiple(width, round), multiple(height, round)
+    if w * h > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        w, h = multiple(width / shrink, math.floor), multiple(height / shrink, math.floor)
+    elif w * h < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        w, h = multiple(width * grow, math.ceil), multiple(height * grow, math.ceil)
+    return min(w, MAX_SIDE_RATIO * h), min(h, MAX_SIDE_RATIO * w)
+
+
+def read_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The first frame, upright and in RGB, after the first resize. Raises `InputError` or `ImageTooLargeError`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageTooLargeError(
+                    f"The image has {image.width} x {image.height} pixels, and at most {max_pixels} are accepted:"
+                    " scale it down before sending it (the model sees about a million of them)."
+                )
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return upright.resize(first_resize(*upright.size), Image.Resampling.BICUBIC)
+    except ImageTooLargeError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
+        raise InputError(
+            f"The image cannot be decoded ({type(error).__name__}): send a whole file in one of the formats"
+            f" {', '.join(IMAGE_FORMATS)}."
+        ) from None
+
+
+class Preparer:
+    """Turns what clients send into what the model reads. Thread-safe."""
+
+    def __init__(self, directory: Path, max_length: int, max_image_pixels: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # min_pixels and max_pixels, and not size: the checkpoint's own values would win over size
+        self._processor = Qwen2VLImageProcessorPil.from_pretrained(
+            directory, min_pixels=256 * PATCH_FACTOR**2, max_pixels=1280 * PATCH_FACTOR**2, local_files_only=True
+        )
+        self._max_length = max_length
+        self._max_image_pixels = max_image_pixels
+        # A token of the byte-level vocabulary stands for no more characters than the longest one has bytes: what lies
+        # past this many characters is truncated anyway, and is cut before it costs time in the tokenizer.
+        self._max_chars = max_length * max(map(len, self._tokenizer.get_vocab()))
+
+    def __call__(self, sources: Sequence[Source]) -> list[Input | InputError]:
+        """For each source its `Input`, or the error that says why there is none."""
+        heads = [HEAD.format(source.instruction) for source in sources]
+        prompts = [
+            f"{head}{'' if source.image is None else IMAGE}{source.text}{TAIL}"
+            for head, source in zip(heads, sources, strict=True)
+        ]
+        distinct = list(set(heads))
+        prefixes = dict(zip(distinct, self._encode(distinct), strict=True))
+        prepared: list[Input | InputError] = []
+        for source, head, encoding in zip(sources, heads, self._encode(prompts), strict=True):
+            try:
+                prepared.append(self._prepare(source, head, prefixes[head], encoding))
+            except InputError as error:
+                prepared.append(error)
+        return prepared
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        # encode_batch releases the interpreter lock; encode does not
+        return self._tokenizer.encode_batch([text[: self._max_chars] for text in texts])
+
+    def _prepare(self, source: Source, head: str, prefix: Encoding, encoding: Encoding) -> Input:
+        ids, prefix_ids = encoding.ids, prefix.ids[: self._max_length]
+        image = {}
+        if source.image is not None:
+            features = self._processor(read_image(source.image, self._max_image_pixels), return_tensors="np")
+            _, rows, columns = features["image_grid_thw"][0].tolist()
+            tokens = rows * columns // 4
+            # by position, not by id: the client may have written <|image_pad|> too
+            start = encoding.char_to_token(len(head) + len(VISION_START))
+            if start is None or start + tokens > self._max_length:
+                raise InputError(
+                    f"The image takes {tokens} tokens and does not fit behind the prompt into the {self._max_length}"
+                    " tokens that the model reads: send a shorter prompt."
+                )
+            ids = ids[:start] + [ids[start]] * tokens + ids[start + 1 :]
+            image = {
+                "image_start": start,
+                "image_grid_thw": (1, rows, columns),
+                "pixel_values": features["pixel_values"],
+            }
+        token_ids = np.array(ids[: self._max_length], dtype=np.int64)
+        limit = min(len(prefix_ids), len(token_ids) - 1)
+        differs = np.flatnonzero(token_ids[:limit] != prefix_ids[:limit])
+        return Input(token_ids, tuple(prefix_ids), int(differs[0]) if differs.size else limit, **image)
+
+
+# ------------------------------------------------------------------------------------------------------- 4. Model
+
+PREFIX_CACHE_TOKENS = 4096  # 115 MB of bfloat16 keys and values in the 2B model
+VISION_ATTENTION_ROWS = 512
+PACKED_ROWS = 512  # the number of rows that packed weights are laid out for; any number can be multiplied
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA when available, else the CPU. Raises `SystemExit` for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"GME_DEVICE={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on CUDA, as published; on a CPU bfloat16 where it computes it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.float16
+    native = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+    return torch.bfloat16 if any(map(torch.cpu.get_capabilities().get, native)) else torch.float32
+
+
+def chunked_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, length, head_dim), like key and value
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention over one image, head by head and 512 queries at a time: twice torch's own in bfloat16 on a CPU."""
+    out = torch.empty_like(query)
+    for q, k, v, o in zip((query[0] * scaling), key[0].contiguous(), value[0].contiguous(), out[0], strict=True):
+        for start in range(0, len(q), VISION_ATTENTION_ROWS):
+            rows = slice(start, start + VISION_ATTENTION_ROWS)
+            torch.matmul((q[rows] @ k.T).softmax(-1), v, out=o[rows])
+    return out.transpose(1, 2).contiguous(), None  # (1, length, heads, head_dim)
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer whose weight is laid out for oneDNN once and not in every call: 1.7 x for a lone short text."""
+
+    def __init__(self, linear: torch.nn.Linear, scratch: torch.Tensor) -> None:
+        super().__init__()
+        weight = scratch[: linear.weight.numel()].view_as(linear.weight).copy_(linear.weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        self.bias = None if linear.bias is None else linear.bias.to(scratch.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Model:
+    """Qwen2-VL without its language-modelling head: batches of inputs to unit vectors. For one thread at a time."""
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        self.device, self.dtype = device, dtype
+        # The class is named and trust_remote_code is not: whatever code lies in the directory, none of it is run.
+        # With the checkpoint's own dtype the weights stay mapped from the files until they are converted one by one.
+        model, loading = Qwen2VLModel.from_pretrained(
+            directory, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+            raise SystemExit(f"{directory} is not a Qwen2-VL checkpoint: it has no usable weights for {missing[0]}.")
+        model.eval().requires_grad_(False)
+        if device.type == "cpu":
+            if not torch.cpu.get_capabilities().get("amx_bf16"):
+                # oneDNN instead of MKL, up to twice as fast on AMD; with AMX it would round float32 to bfloat16
+                torch.set_float32_matmul_precision("medium")
+            if dtype == torch.bfloat16:
+                transformers.AttentionInterface.register("chunked", chunked_attention)
+                model.set_attn_implementation({"vision_config": "chunked"})
+            if dtype != torch.float16 and platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():
+                self._pack(model)
+        for parameter in model.parameters():  # and not buffers: the rotary frequencies stay in float32
+            parameter.data = parameter.data.to(device, dtype)
+        model.to(device)
+        self._visual, self._decoder = model.visual, model.language_model
+        self.dimension: int = self._decoder.config.hidden_size
+        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+
+    def _pack(self, model: torch.nn.Module) -> None:
+        modules = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+        linears = [found for found in modules if isinstance(found[2], torch.nn.Linear)]
+        scratch = torch.empty(max(linear.weight.numel() for *_, linear in linears), dtype=self.dtype)
+        for parent, name, linear in linears:
+            setattr(parent, name, PackedLinear(linear, scratch))
+
+    def embed(self, inputs: Sequence[Input]) -> np.ndarray:
+        """Unit vectors (len(inputs), dimension), float32, of inputs that share `prefix`.
+
+        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
+        """
+        try:
+            return self._forward(inputs)
+        except torch.OutOfMemoryError:
+            pass  # the memory is free only when the exception, which holds the batch's tensors, is gone
+        except torch.AcceleratorError as error:
+            raise SystemExit(f"The device {self.device} cannot go on: {error}") from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MemoryError("The batch does not fit into the device's memory.")
+
+    @torch.inference_mode()
+    def _forward(self, inputs: Sequence[Input]) -> np.ndarray:
+        shared = min(one.shared for one in inputs)
+        ends = torch.tensor([len(one.token_ids) - shared for one in inputs])
+        token_ids = torch.zeros(len(inputs), int(ends.max()), dtype=torch.long)  # (B, T), padded on the right
+        for row, end, one in zip(token_ids, ends, inputs, strict=True):
+            row[:end] = torch.from_numpy(one.token_ids[shared:])
+        embeddings = self._decoder.embed_tokens(token_ids.to(self.device))  # (B, T, D)
+
+        images = [(row, one) for row, one in enumerate(inputs) if one.pixel_values is not None]
+        if images:
+            pixels = torch.from_numpy(np.concatenate([one.pixel_values for _, one in images]))
+            grids = torch.tensor([one.image_grid_thw for _, one in images])
+            features = self._visual(pixels.to(self.device, self.dtype), grid_thw=grids.to(self.device)).pooler_output
+            counts = (grids.prod(-1) // 4).tolist()
+            for (row, one), image in zip(images, features.split(counts), strict=True):
+                start = one.image_start - shared
+                embeddings[row, start : start + len(image)] = image
+
+        cache = self._prefix(inputs[0].prefix, shared, len(inputs))
+        last = self._decode(embeddings, cache, ends.to(self.device) - 1)
+        return functional.normalize(last, dim=-1).cpu().numpy()
+
+    def _decode(self, embeddings: torch.Tensor, cache: DynamicCache, last: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (B, D), float32, at position `last` (B,) of embeddings (B, T, D) that follow `cache`.
+
+        The residual stream stays in float32 whatever the dtype of the weights: bfloat16 comes closer to the float32
+        vectors and float16 overflows later, at no cost in time.
+        """
+        past, length = cache.get_seq_length(), embeddings.shape[1]
+        positions = torch.arange(past, past + length, device=self.device).expand(3, 1, -1)  # sequential on every axis
+        rotary = self._decoder.rotary_emb(embeddings, positions)
+        # Attention is causal, so that no token sees the padding to its right, and one mask serves every row.
+        mask = (
+            torch.ones(1, 1, length, past + length, dtype=torch.bool, device=self.device).tril(past) if past else None
+        )
+        hidden = embeddings.float()
+        for layer in self._decoder.layers:
+            normed = layer.input_layernorm(hidden).to(self.dtype)
+            hidden += layer.self_attn(normed, mask, position_embeddings=rotary, past_key_values=cache)[0]
+            if layer is self._decoder.layers[-1]:  # of the last layer only the pooled tokens are needed
+                hidden = hidden[torch.arange(len(last), device=self.device), last]
+            hidden += layer.mlp(layer.post_attention_layernorm(hidden).to(self.dtype))
+        return self._decoder.norm(hidden)
+
+    def _prefix(self, prefix: tuple[int, ...], shared: int, batch: int) -> DynamicCache:
+        """Keys and values of the first `shared` tokens of `prefix`, for `batch` rows."""
+        if prefix not in self._prefixes:
+            cache = DynamicCache()
+            ids = torch.tensor([prefix], device=self.device)
+            self._decode(self._decoder.embed_tokens(ids), cache, torch.tensor([0], device=self.device))
+            self._prefixes[prefix] = [(layer.keys, layer.values) for layer in cache.layers]
+            while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(prefix)
+        return DynamicCache(
+            [  # (1, heads, tokens, head_dim) each
+                (keys[:, :, :shared].expand(batch, -1, -1, -1), values[:, :, :shared].expand(batch, -1, -1, -1))
+                for keys, values in self._prefixes[prefix]
+            ]
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- 5. Batcher
+
+Prepare = Callable[[Sequence[Source]], Iterable[Input | InputError]]
+Embed = Callable[[Sequence[Input]], Iterable[np.ndarray]]
+MAX_PADDING = 0.2
+AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 19 kB a token
+CACHE_ENTRY_BYTES = 200  # what a cached vector takes beside its numbers
+
+QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs that wait for the model.")
+QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time from an input's arrival until the model takes it.")
+MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.")
+BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
+BATCH_PADDING = Histogram(
+    "gme_batch_padding_ratio", "Share of padding in one batch.", buckets=[n / 20 for n in range(6)]
+)
+CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent vectors.")
+
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+class OverloadError(Exception):
+    """`GME_MAX_QUEUE` inputs wait already."""
+
+
+class ModelDiedError(Exception):
+    """The model thread has ended, and the process ends with it."""
+
+
+class InputFailedError(Exception):
+    """Input `index` of the request has no vector, for `reason`: an `InputError`, a `MemoryError` (it does not fit into
+    the device, even alone), a `FloatingPointError` (its vector is not finite), or whatever else was raised for it."""
+
+    def __init__(self, index: int, reason: Exception) -> None:
+        super().__init__(index, reason)
+        self.index, self.reason = index, reason
+
+
+class Answer(NamedTuple):
+    """The vectors (n, dimension), float32, of a request's n inputs, and the tokens (n,) that the model read."""
+
+    vectors: np.ndarray
+    tokens: np.ndarray
+
+
+class Job(Future[Answer]):
+    """A request. The rank of an input is its place in `by_rank`: by length, so that neighbours make good batches."""
+
+    def __init__(self, number: int, sources: Sequence[Source], dimension: int) -> None:
+        super().__init__()
+        self.number, self.sources, self.missing = number, sources, len(sources)
+        self.by_rank = sorted(range(len(sources)), key=lambda index: sources[index].weight)
+        self.arrived = time.perf_counter()
+        self.answer = Answer(np.empty((len(sources), dimension), np.float32), np.empty(len(sources), np.int64))
+
+
+class Turn(NamedTuple):
+    """One input of a job on its way through the batcher; the lowest `order` goes first."""
+
+    order: tuple[int, int]  # (rank within its job, number of the job)
+    job: Job
+    index: int  # within the request
+    source: Source
+
+
+class Place(NamedTuple):
+    """A place in a batch, shared by all equal inputs that wait together."""
+
+    prepared: Input
+    turns: list[Turn]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return min(turn.order for turn in self.turns)
+
+
+def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | Exception]:
+    """`function(items)`; where it raises, halves the items until those it raises for have the exception as result."""
+    try:
+        return list(function(items))
+    except Exception as raised:
+        if len(items) == 1 and not isinstance(raised, MemoryError):
+            log.exception("An input could not be embedded.")
+        error = raised.with_traceback(None)  # a traceback holds the batch's tensors: free them before the next try
+    if len(items) == 1:
+        return [error]
+    half = len(items) // 2
+    return isolate(function, items[:half]) + isolate(function, items[half:])
+
+
+class Batcher:
+    """Gathers the inputs of all requests into batches for the one thread that runs the model.
+
+    Inputs are taken by rank within their own request, oldest request first among equals, so that the first input of a
+    new request overtakes the thousandth of an old one. Threads prepare a few batches ahead in that order, and at every
+    batch boundary the model thread takes the best batch of what is ready.
+    """
+
+    def __init__(self, prepare: Prepare, embed: Embed, dimension: int, settings: Settings, max_tokens: int) -> None:
+        self._prepare, self._embed, self._dimension = prepare, embed, dimension
+        self._max_tokens, self._max_queue = max_tokens, settings.max_queue
+        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._cache_entries = int(settings.cache_mb * 2**20 / (4 * dimension + CACHE_ENTRY_BYTES))
+        self._numbers = itertools.count()
+        self._jobs: list[tuple[int, int, Job]] = []  # heap of (rank of the job's next input, its number, job)
+        self._open: set[Job] = set()  # jobs without an answer
+        self._ready: dict[bytes, Place] = {}  # prepared, by key
+        self._ahead = 0  # tokens in `_ready`
+        self.depth = 0  # inputs without an answer
+        self.alive = True
+        self.on_death: Callable[[], None] = lambda: None
+        lock = threading.RLock()
+        self._lock, self._to_prepare, self._to_run = lock, threading.Condition(lock), threading.Condition(lock)
+        runs = [self._run_model] + [self._run_prepare] * max(2, os.cpu_count() or 1)
+        self._threads = [threading.Thread(target=run, name=run.__name__, daemon=True) for run in runs]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, sources: Sequence[Source]) -> Job:
+        """Queue a request's inputs. Cancelling the job, as for a client that left, drops what has not run yet.
+
+        The job ends with its `Answer`, `InputFailedError` or `ModelDiedError`. Raises `OverloadError`.
+        """
+        with self._lock:
+            if self.depth + len(sources) > self._max_queue:
+                raise OverloadError
+            job = Job(next(self._numbers), sources, self._dimension)
+            self.depth += job.missing
+            self._open.add(job)
+            job.add_done_callback(lambda _: self._close_job(job))
+            if self.alive:
+                heapq.heappush(self._jobs, (0, job.number, job))
+                self._to_prepare.notify()
+            else:
+                job.set_exception(ModelDiedError())
+        return job
+
+    def close(self) -> None:
+        """End the threads after the batch under way."""
+        with self._lock:
+            self.alive = False
+            self._to_prepare.notify_all()
+            self._to_run.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run_prepare(self) -> None:
+        while chunk := self._take_chunk():
+            results = isolate(self._prepare, [turn.source for turn in chunk])
+            keys = [result.key() if isinstance(result, Input) else b"" for result in results]
+            with self._lock:
+                for turn, result, key in zip(chunk, results, keys, strict=True):
+                    if isinstance(result, Exception):
+                        self._finish(turn, result)
+                    elif not turn.job.done():
+                        turn.job.answer.tokens[turn.index] = len(result.token_ids)
+                        self._make_ready(turn, result, key)
+
+    def _take_chunk(self) -> list[Turn]:
+        """The inputs to prepare next; waits for them. Empty once the batcher is closed."""
+        with self._lock:
+            while self.alive:
+                chunk: list[Turn] = []
+                weight = 0
+                while self._jobs and weight < CHUNK_WEIGHT:
+                    rank, number, job = self._jobs[0]
+                    if not job.done():
+                        index = job.by_rank[rank]
+                        turn = Turn((rank, number), job, index, job.sources[index])
+                        enough = self._ahead >= AHEAD_BATCHES * self._max_tokens
+                        if enough and turn.order > min(place.order for place in self._ready.values()):
+                            break
+                        chunk.append(turn)
+                        weight += turn.source.weight
+                    heapq.heappop(self._jobs)
+                    if not job.done() and rank + 1 < len(job.by_rank):
+                        heapq.heappush(self._jobs, (rank + 1, number, job))
+                if chunk:
+                    self._to_prepare.notify()  # another thread may go on with the rest
+                    return chunk
+                self._to_prepare.wait()
+        return []
+
+    def _make_ready(self, turn: Turn, prepared: Input, key: bytes) -> None:
+        if key in self._cache:
+            CACHE_HITS.inc()
+            self._cache.move_to_end(key)
+            self._finish(turn, self._cache[key])
+        elif key in self._ready:
+            self._ready[key].turns.append(turn)
+        else:
+            self._ready[key] = Place(prepared, [turn])
+            self._ahead += prepared.cost
+            self._to_run.notify()
+
+    def _run_model(self) -> None:
+        try:
+            while batch := self._take_batch():
+                with MODEL_SECONDS.time():
+                    results = isolate(self._embed, [place.prepared for place in batch.values()])
+                with self._lock:
+                    for (key, place), result in zip(batch.items(), results, strict=True):
+                        for turn in place.turns:
+                            self._finish(turn, result)
+                        if isinstance(result, np.ndarray):
+                            self._remember(key, result)
+        except BaseException as error:
+            log.critical("The model thread has ended, and the process ends with it: %r", error)
+            with self._lock:
+                self.alive = False
+                for job in [job for job in self._open if job.set_running_or_notify_cancel()]:
+                    job.set_exception(ModelDiedError())
+            self.on_death()
+
+    def _take_batch(self) -> dict[bytes, Place]:
+        """The best batch of what is ready; waits for it. Empty once the batcher is closed.
+
+        The first in order is always in it. Of those that follow in order and share its instruction, as many as fit
+        into the batch's tokens, those nearest to it in length are, as long as at most 20 % of the batch is padding.
+        """
+        with self._lock:
+            while self.alive:
+                for key in [key for key, place in self._ready.items() if all(turn.job.done() for turn in place.turns)]:
+                    self._ahead -= self._ready.pop(key).prepared.cost
+                if self._ready:
+                    break
+                self._to_run.wait()
+            else:
+                return {}
+            waiting = sorted(self._ready, key=lambda key: self._ready[key].order)
+            cost = {key: self._ready[key].prepared.cost for key in waiting}
+            first = self._ready[waiting[0]].prepared
+            same = [key for key in waiting if self._ready[key].prepared.prefix == first.prefix]
+            inside = bisect.bisect(list(itertools.accumulate(cost[key] for key in same)), self._max_tokens)
+            near = sorted(same[: max(inside, 1)], key=lambda key: abs(cost[key] - first.cost))
+            size, total, longest = 1, 0, 0
+            for count, key in enumerate(near, start=1):
+                total, longest = total + cost[key], max(longest, cost[key])
+                area = count * longest
+                if area <= self._max_tokens and total >= (1 - MAX_PADDING) * area:
+                    size = count
+            batch = {key: self._ready.pop(key) for key in near[:size]}
+            costs = [cost[key] for key in batch]
+            self._ahead -= sum(costs)
+            self._to_prepare.notify_all()
+        BATCH_INPUTS.observe(len(batch))
+        BATCH_PADDING.observe(1 - sum(costs) / (len(costs) * max(costs)))
+        for turn in itertools.chain.from_iterable(place.turns for place in batch.values()):
+            QUEUE_SECONDS.observe(time.perf_counter() - turn.job.arrived)
+        return batch
+
+    def _finish(self, turn: Turn, result: np.ndarray | Exception) -> None:
+        job = turn.job
+        if job.done():
+            return
+        if isinstance(result, np.ndarray) and not np.isfinite(result).all():
+            result = FloatingPointError()
+        if isinstance(result, np.ndarray):
+            job.answer.vectors[turn.index] = result
+            job.missing -= 1
+            self.depth -= 1
+        if isinstance(result, Exception) and job.set_running_or_notify_cancel():
+            job.set_exception(InputFailedError(turn.index, result))
+        elif not job.missing and job.set_running_or_notify_cancel():
+            job.set_result(job.answer)
+
+    def _remember(self, key: bytes, vector: np.ndarray) -> None:
+        self._cache[key] = vector.copy()  # and not a row that keeps its whole batch in memory
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
+
+    def _close_job(self, job: Job) -> None:
+        """Forget an ended job; what it still has in the queue is dropped when its turn comes."""
+        with self._lock:
+            self._open.discard(job)
+            self.depth -= job.missing
+            job.sources = ()
+            self._to_prepare.notify()
+
+
+# -------------------------------------------------------------------------------------------------------- 6. HTTP
+
+REQUESTS = Counter("gme_requests", "HTTP requests, by route and status.", ["route", "status"])
+LATENCY = Histogram("gme_request_seconds", "Time from a request's headers to the end of its answer.", ["route"])
+INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
+TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
+STATIC_PATH = "/docs/static"
+OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
+CLOSE = {"Connection": "close"}  # what is left of the body is not worth reading
+WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
+
+
+def check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no character: send valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
+Prompt = Annotated[
+    Text | None,
+    Field(
+        description=f"The instruction. Give one with queries, none with documents. Default: {DEFAULT_INSTRUCTION!r}",
+        examples=["Find an image that matches the given text."],
+    ),
+]
+
+
+class Texts(BaseModel):
+    """Texts to embed."""
+
+    texts: list[Text] = Field(description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]])
+    prompt: Prompt = None
+
+
+class Embeddings(BaseModel):
+    """L2-normalised vectors, in the order of the inputs."""
+
+    embeddings: list[list[float]] = Field(description="One vector per input.", examples=[[[0.0134, -0.0127, 0.0451]]])
+
+
+class Health(BaseModel):
+    """The state of the service."""
+
+    status: Literal["ok", "model thread has ended"] = Field(description="`ok`, or what is wrong.", examples=["ok"])
+    model: str = Field(description="The model's id.", examples=["iic/gme-Qwen2-VL-2B-Instruct"])
+    device: str = Field(description="Where the model runs.", examples=["cuda"])
+    dtype: str = Field(description="The type of the model's weights.", examples=["float16"])
+    dimension: int = Field(description="Numbers in a vector.", examples=[1536])
+    queue_depth: int = Field(description="Inputs that wait for the model.", examples=[0])
+
+
+class Error(BaseModel):
+    """What was wrong, and what to change."""
+
+    detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one text."])
+
+
+class Guard:
+    """ASGI middleware around all routes: the API key before anything is read, the body limit, request metrics."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, routes: Container[str]) -> None:
+        self.app, self.routes = app, routes
+        self.key = None if settings.api_key is None else settings.api_key.encode()
+        self.max_body = int(settings.max_body_mb * 2**20)
+        self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, started, status, received = Request(scope), time.perf_counter(), 499, 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body:
+                raise HTTPException(413, self.too_large, CLOSE)
+            return message
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        app = self.app
+        if not self.admits(request):
+            app = error_response(request, 401, WRONG_KEY, {"WWW-Authenticate": "Bearer"} | CLOSE)
+        elif int(request.headers.get("content-length", 0)) > self.max_body:
+            app = error_response(request, 413, self.too_large, CLOSE)
+        try:
+            await app(scope, receive_counted, send_noted)
+        finally:
+            route = request.url.path if request.url.path in self.routes else "other"
+            REQUESTS.labels(route, status).inc()
+            LATENCY.labels(route).observe(time.perf_counter() - started)
+        return None
+
+    def admits(self, request: Request) -> bool:
+        if self.key is None or request.url.path in OPEN_PATHS or request.url.path.startswith(STATIC_PATH):
+            return True
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key)
+
+
+def error_response(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in the shape that the route's clients expect."""
+    return Response(orjson.dumps({"detail": message}), status, headers, "application/json")
+
+
+def describe(error: RequestValidationError) -> str:
+    """Which part of a request is malformed, and how, without echoing what the client sent."""
+    return " ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors())
+
+
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
+    """The vectors of `sources`. Raises `HTTPException` with a sentence for the client; drops work nobody waits for."""
+    try:
+        job = batcher.submit(sources)
+    except OverloadError:
+        raise HTTPException(503, "Too many inputs wait already: try again in a moment.", {"Retry-After": "1"}) from None
+    answer = asyncio.wrap_future(job)
+    gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise HTTPException(499, "The client closed the connection.")
+        vectors = await answer
+    except InputFailedError as failed:
+        raise http_error(failed, len(sources)) from None
+    finally:
+        gone.cancel()
+        answer.cancel()
+    for source in sources:
+        INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
+    TOKENS.inc(int(vectors.tokens.sum()))
+    return vectors
+
+
+def http_error(failed: InputFailedError, inputs: int) -> HTTPException:
+    which = f"Input {failed.index}: " if inputs > 1 else ""
+    match failed.reason:
+        case ImageTooLargeError():
+            return HTTPException(413, f"{which}{failed.reason}")
+        case InputError():
+            return HTTPException(400, f"{which}{failed.reason}")
+        case MemoryError():
+            return HTTPException(413, f"{which}This input does not fit into the device's memory: send a smaller one.")
+        case FloatingPointError():
+            sentence = "The vector of this input is not finite: set GME_DTYPE to bfloat16 or float32 on the server."
+        case _:
+            sentence = "This input could not be embedded, through a fault of the service: its log says more."
+    return HTTPException(500, which + sentence)
+
+
+def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
+    """The routes over a batcher. `model` is asked for its names only."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(batcher.close)
+
+    app = FastAPIOffline(
+        title="GME Service",
+        description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url=STATIC_PATH,
+        form_limits={"max_files": 1, "max_fields": 16},
+        responses={
+            400: {"model": Error, "description": "An input that cannot be embedded."},
+            401: {"model": Error, "description": "The API key is missing or wrong."},
+            413: {"model": Error, "description": "The body, the number of inputs or an image is too large."},
+            422: {"model": Error, "description": "The request is malformed."},
+            500: {"model": Error, "description": "A fault of the service."},
+            503: {"model": Error, "description": "Too much work waits: try again."},
+        },
+    )
+
+    @app.exception_handler(StarletteHTTPException)
+    async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
+        return error_response(request, error.status_code, error.detail, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_malformed(request: Request, error: RequestValidationError) -> Response:
+        return error_response(request, 422, describe(error))
+
+    @app.exception_handler(Exception)
+    async def on_fault(request: Request, _: Exception) -> Response:
+        return error_response(request, 500, "A fault of the service: its log says more.")
+
+    def check_count(inputs: Sequence[object], name: str) -> None:
+        if not inputs:
+            raise HTTPException(400, f"{name} is empty: send at least one.")
+        if len(inputs) > settings.max_inputs:
+            most = f"a request may have {settings.max_inputs}: send several requests."
+            raise HTTPException(413, f"{name} has {len(inputs)} inputs, and {most}")
+
+    def embeddings(answer: Answer) -> Response:
+        body = orjson.dumps({"embeddings": answer.vectors}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Response(body, media_type="application/json")
+
+    @app.post("/embed/text", response_model=Embeddings, summary="Embed texts")
+    async def embed_text(request: Request, body: Texts) -> Response:
+        """One vector per text, in their order."""
+        check_count(body.texts, "texts")
+        instruction = body.prompt or DEFAULT_INSTRUCTION
+        return embeddings(await embed(request, batcher, [Source(text, None, instruction) for text in body.texts]))
+
+    @app.post("/embed/image", response_model=Embeddings, summary="Embed an image, alone or fused with a text")
+    async def embed_image(
+        request: Request,
+        file: Annotated[UploadFile, File(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")],
+        text: Annotated[str, Form(description="A text to fuse with the image into one vector.")] = "",
+        prompt: Annotated[str, Form(description="The instruction, as for texts.")] = "",
+    ) -> Response:
+        """One vector for the image, or for image and text together."""
+        source = Source(text, await file.read(), prompt or DEFAULT_INSTRUCTION)
+        return embeddings(await embed(request, batcher, [source]))
+
+    @app.get("/health", response_model=Health, summary="Whether the service works")
+    async def health() -> Response:
+        """Which model runs, where, and how much waits for it."""
+        state = Health(
+            status="ok" if batcher.alive else "the model thread has ended",
+            model=settings.model_id,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            dimension=model.dimension,
+            queue_depth=batcher.depth,
+        )
+        return Response(state.model_dump_json(), 200 if batcher.alive else 503, media_type="application/json")
+
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("docs")
+
+    app.add_middleware(Guard, settings=settings, routes={route.path for route in app.routes})
+    return app
+
+
+# --------------------------------------------------------------------------------------------------------- 7. app
+
+
+DEATH_SECONDS = 10  # for the answers under way, when the model thread has ended
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait."""
+    return 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+
+
+def build() -> FastAPI:
+    """Load the model and return the app that serves it. Raises `SystemExit` with a sentence when it cannot."""
+    started = time.perf_counter()
+    died = threading.Event()
+
+    def end_process() -> None:
+        died.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
+        hard_end = threading.Timer(DEATH_SECONDS, os._exit, (1,))
+        hard_end.daemon = True
+        hard_end.start()
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(died.is_set())))
+    settings = Settings.load()
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    directory = find_checkpoint(settings)
+    prepare = Preparer(directory, settings.max_length, settings.max_image_pixels)
+    model = Model(directory, device, dtype)
+    model.embed(prepare([Source("warm up")]))  # type: ignore[arg-type]
+    batcher = Batcher(
+        prepare, model.embed, model.dimension, settings, settings.max_batch_tokens or default_batch_tokens(device)
+    )
+    batcher.on_death = end_process
+    QUEUE_DEPTH.set_function(lambda: batcher.depth)
+    log.info(
+        "%s on %s in %s: %d dimensions, loaded in %.1f s from %s.",
+        settings.model_id,
+        device,
+        dtype,
+        model.dimension,
+        time.perf_counter() - started,
+        directory,
+    )
+    return create_app(settings, batcher, model)
+
+
+def main() -> None:
+    """Serve from the command line."""
+    parser = argparse.ArgumentParser(description="Serve multimodal embeddings over HTTP. Settings: see README.md.")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    arguments = parser.parse_args()
+    uvicorn.run("gme_service:app", host=arguments.host, port=arguments.port)
+
+
+if __name__ == "__main__":
+    main()  # uvicorn imports this file again, as `gme_service`
+else:
+    app = build()

@@ -1,0 +1,126 @@
+"""What the tests share: the toy checkpoint, the authors' vectors, and real servers in processes of their own."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+TOY = TESTS / "models" / "toy" / "shapes"
+IMAGES = TESTS / "golden" / "images"
+ENVIRONMENT = {
+    "GME_MODEL_DIR": str(TESTS / "models"),
+    "GME_MODEL_ID": "toy/shapes",
+    "GME_DEVICE": "cpu",
+    "GME_DTYPE": "float32",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for name in [name for name in os.environ if name.startswith(("GME_", "UVICORN_", "MODELSCOPE_"))]:
+    del os.environ[name]
+os.environ.update(ENVIRONMENT)  # before anything imports gme_service, which loads the model
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden input and the vector that the authors' own code gives for it."""
+
+    number: int
+    text: str
+    image: str | None
+    prompt: str | None
+    vector: np.ndarray
+
+    @property
+    def data(self) -> bytes | None:
+        return None if self.image is None else (IMAGES / self.image).read_bytes()
+
+
+def golden() -> list[Case]:
+    cases = json.loads((TESTS / "golden" / "cases.json").read_text())
+    vectors = np.load(TESTS / "golden" / "vectors.npy")
+    return [
+        Case(number, case.get("text", ""), case.get("image"), case.get("prompt"), vector)
+        for number, (case, vector) in enumerate(zip(cases, vectors, strict=True))
+    ]
+
+
+@dataclass
+class Server:
+    """A uvicorn that serves the app in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+
+@contextlib.contextmanager
+def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """Run `uvicorn gme_service:app` on a free port until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output, text=True
+        )
+        server = Server(f"http://127.0.0.1:{port}", process, log)
+        try:
+            wait_until_open(server)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_open(server: Server, seconds: float = 120) -> None:
+    """The port opens when the model is loaded; poll it, as nothing else says so."""
+    deadline = time.monotonic() + seconds
+    while server.process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{server.url}/health", timeout=5)
+            return
+        time.sleep(0.05)
+    pytest.fail(f"The server did not start:\n{server.log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that do not change it."""
+    with serve(tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start further servers, with uvicorn arguments and environment variables of the test's own."""
+    with contextlib.ExitStack() as stack:
+        numbers = iter(range(100))
+        yield lambda *arguments, **environment: stack.enter_context(
+            serve(tmp_path / f"server-{next(numbers)}.log", *arguments, **environment)
+        )

@@ -5,9 +5,10 @@ all other requests (Batcher), pass through Qwen2-VL in batches (Model), and leav
 (HTTP). The vectors are those of the model's authors' published code: README.md says where each rule comes from.
 """
 
-import argparse
 import asyncio
+import base64
 import bisect
+import contextlib
 import hashlib
 import heapq
 import io
@@ -23,9 +24,8 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
@@ -35,14 +35,16 @@ import orjson
 import torch
 import transformers
 import uvicorn
-from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image, ImageOps
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_fastapi_instrumentator import Instrumentator
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from safetensors import SafetensorError, safe_open
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -275,8 +277,9 @@ class Preparer:
         return prepared
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        # encode_batch releases the interpreter lock; encode does not
-        return self._tokenizer.encode_batch([text[: self._max_chars] for text in texts])
+        # half a surrogate pair, which JSON can carry, is no character: it becomes a question mark
+        whole = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
+        return self._tokenizer.encode_batch(whole)  # which releases the interpreter lock; encode does not
 
     def _prepare(self, source: Source, head: str, prefix: Encoding, encoding: Encoding) -> Input:
         ids, prefix_ids = encoding.ids, prefix.ids[: self._max_length]
@@ -313,10 +316,8 @@ PACKED_ROWS = 512  # the number of rows that packed weights are laid out for; an
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA when available, else the CPU. Raises `SystemExit` for a device that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"GME_DEVICE={name!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -325,12 +326,11 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is float16 on CUDA, as published; on a CPU bfloat16 where it computes it natively, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.float16
-    native = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
-    return torch.bfloat16 if any(map(torch.cpu.get_capabilities().get, native)) else torch.float32
+    if name == "auto":
+        native = {feature for feature, present in torch.cpu.get_capabilities().items() if present}
+        cpu = "bfloat16" if native & {"avx512_bf16", "amx_bf16", "arm_bf16", "bf16"} else "float32"
+        name = "float16" if device.type == "cuda" else cpu
+    return getattr(torch, name)
 
 
 def chunked_attention(
@@ -484,13 +484,12 @@ class Model:
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
 
-Prepare = Callable[[Sequence[Source]], Iterable[Input | InputError]]
-Embed = Callable[[Sequence[Input]], Iterable[np.ndarray]]
 MAX_PADDING = 0.2
 AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 19 kB a token
 CACHE_ENTRY_BYTES = 200  # what a cached vector takes beside its numbers
+T, R = TypeVar("T"), TypeVar("R")
 
-QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs that wait for the model.")
+QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time from an input's arrival until the model takes it.")
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.")
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
@@ -500,42 +499,22 @@ BATCH_PADDING = Histogram(
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent vectors.")
 
 
-T, R = TypeVar("T"), TypeVar("R")
+class UnavailableError(Exception):
+    """Nothing can be taken or answered now; the message says why."""
 
 
-class OverloadError(Exception):
-    """`GME_MAX_QUEUE` inputs wait already."""
-
-
-class ModelDiedError(Exception):
-    """The model thread has ended, and the process ends with it."""
-
-
-class InputFailedError(Exception):
-    """Input `index` of the request has no vector, for `reason`: an `InputError`, a `MemoryError` (it does not fit into
-    the device, even alone), a `FloatingPointError` (its vector is not finite), or whatever else was raised for it."""
-
-    def __init__(self, index: int, reason: Exception) -> None:
-        super().__init__(index, reason)
-        self.index, self.reason = index, reason
-
-
-class Answer(NamedTuple):
-    """The vectors (n, dimension), float32, of a request's n inputs, and the tokens (n,) that the model read."""
-
-    vectors: np.ndarray
-    tokens: np.ndarray
-
-
-class Job(Future[Answer]):
-    """A request. The rank of an input is its place in `by_rank`: by length, so that neighbours make good batches."""
+class Job(Future["Job"]):
+    """A request; its result is itself, with its vectors. The rank of an input is its place in `by_rank`: by length, so
+    that neighbours make good batches. When it ends with an exception, `failed` says through which input."""
 
     def __init__(self, number: int, sources: Sequence[Source], dimension: int) -> None:
         super().__init__()
         self.number, self.sources, self.missing = number, sources, len(sources)
         self.by_rank = sorted(range(len(sources)), key=lambda index: sources[index].weight)
         self.arrived = time.perf_counter()
-        self.answer = Answer(np.empty((len(sources), dimension), np.float32), np.empty(len(sources), np.int64))
+        self.vectors = np.empty((len(sources), dimension), np.float32)
+        self.tokens = 0  # that the model read for it
+        self.failed: int | None = None
 
 
 class Turn(NamedTuple):
@@ -548,14 +527,10 @@ class Turn(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A place in a batch, shared by all equal inputs that wait together."""
+    """A place in a batch, shared by the turns of all equal inputs that wait together."""
 
     prepared: Input
     turns: list[Turn]
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return min(turn.order for turn in self.turns)
 
 
 def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | Exception]:
@@ -580,7 +555,14 @@ class Batcher:
     batch boundary the model thread takes the best batch of what is ready.
     """
 
-    def __init__(self, prepare: Prepare, embed: Embed, dimension: int, settings: Settings, max_tokens: int) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[Sequence[Source]], Iterable[Input | InputError]],
+        embed: Callable[[Sequence[Input]], Iterable[np.ndarray]],
+        dimension: int,
+        settings: Settings,
+        max_tokens: int,
+    ) -> None:
         self._prepare, self._embed, self._dimension = prepare, embed, dimension
         self._max_tokens, self._max_queue = max_tokens, settings.max_queue
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -603,20 +585,21 @@ class Batcher:
     def submit(self, sources: Sequence[Source]) -> Job:
         """Queue a request's inputs. Cancelling the job, as for a client that left, drops what has not run yet.
 
-        The job ends with its `Answer`, `InputFailedError` or `ModelDiedError`. Raises `OverloadError`.
+        The job ends with its vectors, or with an `InputError`, a `MemoryError` (an input does not fit into the device,
+        even alone), a `FloatingPointError` (its vector is not finite), whatever else was raised for it, or an
+        `UnavailableError`. Raises `UnavailableError`.
         """
         with self._lock:
+            if not self.alive:
+                raise UnavailableError("The model thread has ended: try again when the service has restarted.")
             if self.depth + len(sources) > self._max_queue:
-                raise OverloadError
+                raise UnavailableError("Too many inputs wait already: try again in a moment.")
             job = Job(next(self._numbers), sources, self._dimension)
             self.depth += job.missing
             self._open.add(job)
-            job.add_done_callback(lambda _: self._close_job(job))
-            if self.alive:
-                heapq.heappush(self._jobs, (0, job.number, job))
-                self._to_prepare.notify()
-            else:
-                job.set_exception(ModelDiedError())
+            heapq.heappush(self._jobs, (0, job.number, job))
+            self._to_prepare.notify()
+        job.add_done_callback(lambda _: self._forget(job))
         return job
 
     def close(self) -> None:
@@ -637,7 +620,7 @@ class Batcher:
                     if isinstance(result, Exception):
                         self._finish(turn, result)
                     elif not turn.job.done():
-                        turn.job.answer.tokens[turn.index] = len(result.token_ids)
+                        turn.job.tokens += len(result.token_ids)
                         self._make_ready(turn, result, key)
 
     def _take_chunk(self) -> list[Turn]:
@@ -649,13 +632,12 @@ class Batcher:
                 while self._jobs and weight < CHUNK_WEIGHT:
                     rank, number, job = self._jobs[0]
                     if not job.done():
-                        index = job.by_rank[rank]
-                        turn = Turn((rank, number), job, index, job.sources[index])
                         enough = self._ahead >= AHEAD_BATCHES * self._max_tokens
-                        if enough and turn.order > min(place.order for place in self._ready.values()):
+                        if enough and (rank, number) > min(map(self._order, self._ready)):
                             break
-                        chunk.append(turn)
-                        weight += turn.source.weight
+                        index = job.by_rank[rank]
+                        chunk.append(Turn((rank, number), job, index, job.sources[index]))
+                        weight += job.sources[index].weight
                     heapq.heappop(self._jobs)
                     if not job.done() and rank + 1 < len(job.by_rank):
                         heapq.heappush(self._jobs, (rank + 1, number, job))
@@ -677,6 +659,9 @@ class Batcher:
             self._ahead += prepared.cost
             self._to_run.notify()
 
+    def _order(self, key: bytes) -> tuple[int, int]:
+        return min(turn.order for turn in self._ready[key].turns)
+
     def _run_model(self) -> None:
         try:
             while batch := self._take_batch():
@@ -684,16 +669,19 @@ class Batcher:
                     results = isolate(self._embed, [place.prepared for place in batch.values()])
                 with self._lock:
                     for (key, place), result in zip(batch.items(), results, strict=True):
+                        finite = isinstance(result, Exception) or np.isfinite(result).all()
                         for turn in place.turns:
-                            self._finish(turn, result)
-                        if isinstance(result, np.ndarray):
-                            self._remember(key, result)
+                            self._finish(turn, result if finite else FloatingPointError())
+                        if finite and not isinstance(result, Exception):
+                            self._cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
+                    while len(self._cache) > self._cache_entries:
+                        self._cache.popitem(last=False)
         except BaseException as error:
             log.critical("The model thread has ended, and the process ends with it: %r", error)
             with self._lock:
                 self.alive = False
                 for job in [job for job in self._open if job.set_running_or_notify_cancel()]:
-                    job.set_exception(ModelDiedError())
+                    job.set_exception(UnavailableError("The model thread has ended: try again in a moment."))
             self.on_death()
 
     def _take_batch(self) -> dict[bytes, Place]:
@@ -711,7 +699,7 @@ class Batcher:
                 self._to_run.wait()
             else:
                 return {}
-            waiting = sorted(self._ready, key=lambda key: self._ready[key].order)
+            waiting = sorted(self._ready, key=self._order)
             cost = {key: self._ready[key].prepared.cost for key in waiting}
             first = self._ready[waiting[0]].prepared
             same = [key for key in waiting if self._ready[key].prepared.prefix == first.prefix]
@@ -720,15 +708,13 @@ class Batcher:
             size, total, longest = 1, 0, 0
             for count, key in enumerate(near, start=1):
                 total, longest = total + cost[key], max(longest, cost[key])
-                area = count * longest
-                if area <= self._max_tokens and total >= (1 - MAX_PADDING) * area:
+                if total / (1 - MAX_PADDING) >= count * longest <= self._max_tokens:
                     size = count
             batch = {key: self._ready.pop(key) for key in near[:size]}
-            costs = [cost[key] for key in batch]
-            self._ahead -= sum(costs)
+            self._ahead -= sum(cost[key] for key in batch)
             self._to_prepare.notify_all()
-        BATCH_INPUTS.observe(len(batch))
-        BATCH_PADDING.observe(1 - sum(costs) / (len(costs) * max(costs)))
+        BATCH_INPUTS.observe(size)
+        BATCH_PADDING.observe(1 - sum(cost[key] for key in batch) / (size * max(cost[key] for key in batch)))
         for turn in itertools.chain.from_iterable(place.turns for place in batch.values()):
             QUEUE_SECONDS.observe(time.perf_counter() - turn.job.arrived)
         return batch
@@ -737,24 +723,19 @@ class Batcher:
         job = turn.job
         if job.done():
             return
-        if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-            result = FloatingPointError()
-        if isinstance(result, np.ndarray):
-            job.answer.vectors[turn.index] = result
-            job.missing -= 1
-            self.depth -= 1
-        if isinstance(result, Exception) and job.set_running_or_notify_cancel():
-            job.set_exception(InputFailedError(turn.index, result))
-        elif not job.missing and job.set_running_or_notify_cancel():
-            job.set_result(job.answer)
+        if isinstance(result, Exception):
+            if job.set_running_or_notify_cancel():
+                job.failed = turn.index
+                job.set_exception(result)
+            return
+        job.vectors[turn.index] = result
+        job.missing -= 1
+        self.depth -= 1
+        if not job.missing and job.set_running_or_notify_cancel():
+            job.set_result(job)
 
-    def _remember(self, key: bytes, vector: np.ndarray) -> None:
-        self._cache[key] = vector.copy()  # and not a row that keeps its whole batch in memory
-        while len(self._cache) > self._cache_entries:
-            self._cache.popitem(last=False)
-
-    def _close_job(self, job: Job) -> None:
-        """Forget an ended job; what it still has in the queue is dropped when its turn comes."""
+    def _forget(self, job: Job) -> None:
+        """What an ended job still has in the queue is dropped when its turn comes."""
         with self._lock:
             self._open.discard(job)
             self.depth -= job.missing
@@ -764,38 +745,35 @@ class Batcher:
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 
-REQUESTS = Counter("gme_requests", "HTTP requests, by route and status.", ["route", "status"])
-LATENCY = Histogram("gme_request_seconds", "Time from a request's headers to the end of its answer.", ["route"])
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 STATIC_PATH = "/docs/static"
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
-CLOSE = {"Connection": "close"}  # what is left of the body is not worth reading
 WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
-
-
-def check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it has half of a surrogate pair, which is no character: send valid Unicode") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_unicode)]
-Prompt = Annotated[
-    Text | None,
-    Field(
-        description=f"The instruction. Give one with queries, none with documents. Default: {DEFAULT_INSTRUCTION!r}",
-        examples=["Find an image that matches the given text."],
-    ),
-]
+STATUSES = {
+    400: "An input that cannot be embedded.",
+    401: "The API key is missing or wrong.",
+    413: "The body, the number of inputs or an image is too large.",
+    422: "The request is malformed.",
+    500: "A fault of the service.",
+    503: "Too much work waits: try again.",
+}
+FAULTS: tuple[tuple[type[Exception], int, str], ...] = (  # what a job can end with; "": the exception's own sentence
+    (UnavailableError, 503, ""),
+    (ImageTooLargeError, 413, ""),
+    (InputError, 400, ""),
+    (MemoryError, 413, "This input does not fit into the device's memory: send a smaller one."),
+    (FloatingPointError, 500, "The vector is not finite: set GME_DTYPE to bfloat16 or float32 on the server."),
+    (Exception, 500, "This input could not be embedded, through a fault of the service: its log says more."),
+)
+PROMPT = f"The instruction. Give one with queries, none with documents. Default: {DEFAULT_INSTRUCTION!r}"
+Prompt = Annotated[str | None, Field(description=PROMPT, examples=["Find an image that matches the given text."])]
 
 
 class Texts(BaseModel):
     """Texts to embed."""
 
-    texts: list[Text] = Field(description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]])
+    texts: list[str] = Field(description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]])
     prompt: Prompt = None
 
 
@@ -805,125 +783,140 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]] = Field(description="One vector per input.", examples=[[[0.0134, -0.0127, 0.0451]]])
 
 
+class Item(BaseModel):
+    """A text, an image, or both fused into one vector."""
+
+    text: str = Field("", description="The text.", examples=["a red circle"])
+    image: str | None = Field(None, description="The image file, as a data URI or base64.", examples=["iVBORw0KGgo="])
+
+
+class OpenAIRequest(BaseModel):
+    """A request in the shape of OpenAI's embeddings API, which takes images too."""
+
+    input: str | list[str | Item | int | list[int]] = Field(
+        description="A text, or a list of texts, or of objects with `text`, `image` or both. Token ids are refused.",
+        examples=[["a red circle", "a blue star"]],
+    )
+    model: str = Field("", description="Any name: there is one model.", examples=["gme"])
+    encoding_format: Literal["float", "base64"] = Field("float", description="Base64: of float32.", examples=["float"])
+    dimensions: int | None = Field(None, description="Only the model's own dimension.", examples=[1536])
+    user: str | None = Field(None, description="Ignored.", examples=["me"])
+    prompt: Prompt = None
+
+
 class Health(BaseModel):
     """The state of the service."""
 
-    status: Literal["ok", "model thread has ended"] = Field(description="`ok`, or what is wrong.", examples=["ok"])
+    status: str = Field(description="`ok`, or what is wrong.", examples=["ok"])
     model: str = Field(description="The model's id.", examples=["iic/gme-Qwen2-VL-2B-Instruct"])
     device: str = Field(description="Where the model runs.", examples=["cuda"])
     dtype: str = Field(description="The type of the model's weights.", examples=["float16"])
     dimension: int = Field(description="Numbers in a vector.", examples=[1536])
-    queue_depth: int = Field(description="Inputs that wait for the model.", examples=[0])
+    queue_depth: int = Field(description="Inputs without an answer.", examples=[0])
 
 
 class Error(BaseModel):
     """What was wrong, and what to change."""
 
-    detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one text."])
+    detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one."])
+
+
+def error_response(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in the shape that the route's clients expect."""
+    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    openai = {"error": {"message": message, "type": kind, "code": None}}
+    body = openai if request.url.path.startswith("/v1/") else {"detail": message}
+    return Response(orjson.dumps(body), status, headers, "application/json")
 
 
 class Guard:
-    """ASGI middleware around all routes: the API key before anything is read, the body limit, request metrics."""
+    """ASGI middleware in front of all routes: the API key, before anything is read, and the limit of the body."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, routes: Container[str]) -> None:
-        self.app, self.routes = app, routes
-        self.key = None if settings.api_key is None else settings.api_key.encode()
-        self.max_body = int(settings.max_body_mb * 2**20)
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
         self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request, started, status, received = Request(scope), time.perf_counter(), 499, 0
+            await self.app(scope, receive, send)
+            return
+        received = 0
 
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body:
-                raise HTTPException(413, self.too_large, CLOSE)
+                raise HTTPException(413, self.too_large, {"Connection": "close"})
             return message
 
-        async def send_noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        app = self.app
+        request, app = Request(scope), self.app
         if not self.admits(request):
-            app = error_response(request, 401, WRONG_KEY, {"WWW-Authenticate": "Bearer"} | CLOSE)
+            app = error_response(request, 401, WRONG_KEY, {"WWW-Authenticate": "Bearer", "Connection": "close"})
         elif int(request.headers.get("content-length", 0)) > self.max_body:
-            app = error_response(request, 413, self.too_large, CLOSE)
-        try:
-            await app(scope, receive_counted, send_noted)
-        finally:
-            route = request.url.path if request.url.path in self.routes else "other"
-            REQUESTS.labels(route, status).inc()
-            LATENCY.labels(route).observe(time.perf_counter() - started)
-        return None
+            app = error_response(request, 413, self.too_large, {"Connection": "close"})
+        await app(scope, receive_counted, send)
 
     def admits(self, request: Request) -> bool:
         if self.key is None or request.url.path in OPEN_PATHS or request.url.path.startswith(STATIC_PATH):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key)
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key.encode())
 
 
-def error_response(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error in the shape that the route's clients expect."""
-    return Response(orjson.dumps({"detail": message}), status, headers, "application/json")
+def fault(error: BaseException, which: str = "") -> HTTPException:
+    """What to tell the client about an exception of the batcher; `which` names the input."""
+    status, sentence = next((status, sentence) for kind, status, sentence in FAULTS if isinstance(error, kind))
+    return HTTPException(status, which + (sentence or str(error)), {"Retry-After": "1"} if status == 503 else None)
 
 
-def describe(error: RequestValidationError) -> str:
-    """Which part of a request is malformed, and how, without echoing what the client sent."""
-    return " ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors())
-
-
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
-    """The vectors of `sources`. Raises `HTTPException` with a sentence for the client; drops work nobody waits for."""
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Job:
+    """The answered job. Raises `HTTPException` with a sentence for the client; drops work that nobody waits for."""
     try:
         job = batcher.submit(sources)
-    except OverloadError:
-        raise HTTPException(503, "Too many inputs wait already: try again in a moment.", {"Retry-After": "1"}) from None
+    except UnavailableError as error:
+        raise fault(error) from None
     answer = asyncio.wrap_future(job)
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise HTTPException(499, "The client closed the connection.")
-        vectors = await answer
-    except InputFailedError as failed:
-        raise http_error(failed, len(sources)) from None
+        if error := answer.exception():
+            raise fault(error, "" if job.failed is None or len(sources) == 1 else f"Input {job.failed}: ")
     finally:
         gone.cancel()
         answer.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
-    TOKENS.inc(int(vectors.tokens.sum()))
-    return vectors
+    TOKENS.inc(job.tokens)
+    return job
 
 
-def http_error(failed: InputFailedError, inputs: int) -> HTTPException:
-    which = f"Input {failed.index}: " if inputs > 1 else ""
-    match failed.reason:
-        case ImageTooLargeError():
-            return HTTPException(413, f"{which}{failed.reason}")
-        case InputError():
-            return HTTPException(400, f"{which}{failed.reason}")
-        case MemoryError():
-            return HTTPException(413, f"{which}This input does not fit into the device's memory: send a smaller one.")
-        case FloatingPointError():
-            sentence = "The vector of this input is not finite: set GME_DTYPE to bfloat16 or float32 on the server."
-        case _:
-            sentence = "This input could not be embedded, through a fault of the service: its log says more."
-    return HTTPException(500, which + sentence)
+def read_item(item: str | Item | int | list[int], index: int, instruction: str) -> Source:
+    """An item of OpenAI's `input` as a source. Raises `HTTPException`."""
+    if isinstance(item, str):
+        return Source(item, None, instruction)
+    if not isinstance(item, Item):
+        sentence = "token ids cannot be embedded: send texts (in LangChain, check_embedding_ctx_length=False)."
+    elif item.image is None:
+        if item.text:
+            return Source(item.text, None, instruction)
+        sentence = "the object has neither text nor image: give it at least one."
+    elif item.image.lower().startswith(("http:", "https:")):
+        sentence = "an image URL is never fetched: send the image itself, as a data URI or base64."
+    else:
+        with contextlib.suppress(ValueError):
+            data = item.image.partition(";base64,")[2] if item.image.startswith("data:") else item.image
+            return Source(item.text, base64.b64decode(data, validate=True), instruction)
+        sentence = "the image is neither base64 nor a data URI of base64."
+    raise HTTPException(400, f"Input {index}: {sentence}")
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     """The routes over a batcher. `model` is asked for its names only."""
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(batcher.close)
@@ -935,15 +928,11 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         redoc_url=None,
         static_url=STATIC_PATH,
         form_limits={"max_files": 1, "max_fields": 16},
-        responses={
-            400: {"model": Error, "description": "An input that cannot be embedded."},
-            401: {"model": Error, "description": "The API key is missing or wrong."},
-            413: {"model": Error, "description": "The body, the number of inputs or an image is too large."},
-            422: {"model": Error, "description": "The request is malformed."},
-            500: {"model": Error, "description": "A fault of the service."},
-            503: {"model": Error, "description": "Too much work waits: try again."},
-        },
+        responses={status: {"model": Error, "description": sentence} for status, sentence in STATUSES.items()},
+        dependencies=[Depends(HTTPBearer(auto_error=False, description="Needed when GME_API_KEY is set."))],
     )
+    app.add_middleware(Guard, settings=settings)
+    Instrumentator(should_group_status_codes=False).instrument(app).expose(app, summary="Metrics for Prometheus")
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
@@ -951,7 +940,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def on_malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(request, 422, describe(error))
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors()[:5])
+        return error_response(request, 422, " ".join(faults))  # what the client sent is not echoed
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, _: Exception) -> Response:
@@ -961,30 +951,53 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if not inputs:
             raise HTTPException(400, f"{name} is empty: send at least one.")
         if len(inputs) > settings.max_inputs:
-            most = f"a request may have {settings.max_inputs}: send several requests."
-            raise HTTPException(413, f"{name} has {len(inputs)} inputs, and {most}")
+            most = f"send at most {settings.max_inputs} in one request."
+            raise HTTPException(413, f"{name} has {len(inputs)} inputs: {most}")
 
-    def embeddings(answer: Answer) -> Response:
-        body = orjson.dumps({"embeddings": answer.vectors}, option=orjson.OPT_SERIALIZE_NUMPY)
-        return Response(body, media_type="application/json")
+    def json_response(content: object) -> Response:
+        return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
     @app.post("/embed/text", response_model=Embeddings, summary="Embed texts")
     async def embed_text(request: Request, body: Texts) -> Response:
         """One vector per text, in their order."""
         check_count(body.texts, "texts")
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        return embeddings(await embed(request, batcher, [Source(text, None, instruction) for text in body.texts]))
+        job = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
+        return json_response({"embeddings": job.vectors})
 
     @app.post("/embed/image", response_model=Embeddings, summary="Embed an image, alone or fused with a text")
     async def embed_image(
         request: Request,
         file: Annotated[UploadFile, File(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")],
-        text: Annotated[str, Form(description="A text to fuse with the image into one vector.")] = "",
-        prompt: Annotated[str, Form(description="The instruction, as for texts.")] = "",
+        text: Annotated[str, Form(description="A text to fuse with the image.", examples=["a red circle"])] = "",
+        prompt: Annotated[str, Form(description=PROMPT, examples=["Find a text for the given image."])] = "",
     ) -> Response:
         """One vector for the image, or for image and text together."""
-        source = Source(text, await file.read(), prompt or DEFAULT_INSTRUCTION)
-        return embeddings(await embed(request, batcher, [source]))
+        job = await embed(request, batcher, [Source(text, await file.read(), prompt or DEFAULT_INSTRUCTION)])
+        return json_response({"embeddings": job.vectors})
+
+    @app.post("/v1/embeddings", summary="Embed as with OpenAI's API")
+    async def openai_embeddings(request: Request, body: OpenAIRequest) -> Response:
+        """OpenAI's list object, with one embedding per input in their order."""
+        if body.dimensions not in (None, model.dimension):
+            sentence = f"dimensions can only be {model.dimension}: this model was not trained to be cut."
+            raise HTTPException(400, sentence)
+        items = [body.input] if isinstance(body.input, str) else body.input
+        check_count(items, "input")
+        instruction = body.prompt or DEFAULT_INSTRUCTION
+        job = await embed(request, batcher, [read_item(item, index, instruction) for index, item in enumerate(items)])
+        numbers = body.encoding_format == "float"
+        vectors = job.vectors if numbers else [base64.b64encode(vector).decode() for vector in job.vectors]
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+        return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
+
+    @app.get("/v1/models", summary="The one model, as with OpenAI's API")
+    async def openai_models() -> Response:
+        """OpenAI's list of models."""
+        owner = settings.model_id.partition("/")[0]
+        entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": owner}
+        return json_response({"object": "list", "data": [entry]})
 
     @app.get("/health", response_model=Health, summary="Whether the service works")
     async def health() -> Response:
@@ -999,21 +1012,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         )
         return Response(state.model_dump_json(), 200 if batcher.alive else 503, media_type="application/json")
 
-    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Counters and histograms in Prometheus' text format."""
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse("docs")
 
-    app.add_middleware(Guard, settings=settings, routes={route.path for route in app.routes})
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
-
 
 DEATH_SECONDS = 10  # for the answers under way, when the model thread has ended
 
@@ -1044,34 +1050,18 @@ def build() -> FastAPI:
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels)
     model = Model(directory, device, dtype)
-    model.embed(prepare([Source("warm up")]))  # type: ignore[arg-type]
-    batcher = Batcher(
-        prepare, model.embed, model.dimension, settings, settings.max_batch_tokens or default_batch_tokens(device)
-    )
+    model.embed(prepare([Source("warm up")]))
+    max_tokens = settings.max_batch_tokens or default_batch_tokens(device)
+    batcher = Batcher(prepare, model.embed, model.dimension, settings, max_tokens)
     batcher.on_death = end_process
     QUEUE_DEPTH.set_function(lambda: batcher.depth)
-    log.info(
-        "%s on %s in %s: %d dimensions, loaded in %.1f s from %s.",
-        settings.model_id,
-        device,
-        dtype,
-        model.dimension,
-        time.perf_counter() - started,
-        directory,
-    )
+    name, seconds = f"{settings.model_id} on {device} in {dtype}", time.perf_counter() - started
+    log.info("%s: %d dimensions, loaded in %.1f s from %s.", name, model.dimension, seconds, directory)
     return create_app(settings, batcher, model)
 
 
-def main() -> None:
-    """Serve from the command line."""
-    parser = argparse.ArgumentParser(description="Serve multimodal embeddings over HTTP. Settings: see README.md.")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    arguments = parser.parse_args()
-    uvicorn.run("gme_service:app", host=arguments.host, port=arguments.port)
-
-
 if __name__ == "__main__":
-    main()  # uvicorn imports this file again, as `gme_service`
+    # uvicorn's own command line; uvicorn imports this file again, as `gme_service`
+    uvicorn.main(["gme_service:app", "--host", "0.0.0.0", *sys.argv[1:]])
 else:
     app = build()

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
@@ -72,10 +72,10 @@ class Settings(BaseSettings):
     max_length: int = Field(1800, ge=64, le=32768)
     max_batch_tokens: int | None = Field(None, ge=1)
     max_inputs: int = Field(2048, ge=1)
-    max_body_mb: float = Field(32, gt=0)
+    max_body_mb: float = Field(32, gt=0, allow_inf_nan=False)
     max_image_pixels: int = Field(100_000_000, ge=1)
     max_queue: int = Field(16384, ge=1)
-    cache_mb: float = Field(64, ge=0)
+    cache_mb: float = Field(64, ge=0, allow_inf_nan=False)
     api_key: str | None = None
 
     @classmethod
@@ -144,7 +144,7 @@ def find_checkpoint(settings: Settings) -> Path:
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO as a kind of JPEG
 VISION_START = "<|vision_start|>"
 IMAGE = f"{VISION_START}<|image_pad|><|vision_end|>"
 HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
@@ -198,7 +198,7 @@ class Input:
         digest = hashlib.blake2b(self.token_ids.tobytes(), digest_size=32)
         if self.pixel_values is not None:
             digest.update(repr((self.image_start, self.image_grid_thw)).encode())
-            digest.update(np.ascontiguousarray(self.pixel_values))
+            digest.update(np.ascontiguousarray(self.pixel_values).data)
         return digest.digest()
 
 
@@ -235,11 +235,9 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
         return upright.resize(first_resize(*upright.size), Image.Resampling.BICUBIC)
     except ImageTooLargeError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-        raise InputError(
-            f"The image cannot be decoded ({type(error).__name__}): send a whole file in one of the formats"
-            f" {', '.join(IMAGE_FORMATS)}."
-        ) from None
+    except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
+        formats = ", ".join(IMAGE_FORMATS)
+        raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {formats}.") from None
 
 
 class Preparer:
@@ -311,6 +309,7 @@ class Preparer:
 
 PREFIX_CACHE_TOKENS = 4096  # 115 MB of bfloat16 keys and values in the 2B model
 VISION_ATTENTION_ROWS = 512
+SMALL_PARAMETERS = 100_000_000  # a model below this is faster on one thread than on all: its products are too short
 PACKED_ROWS = 512  # the number of rows that packed weights are laid out for; any number can be multiplied
 
 
@@ -372,9 +371,10 @@ class Model:
         self.device, self.dtype = device, dtype
         # The class is named and trust_remote_code is not: whatever code lies in the directory, none of it is run.
         # With the checkpoint's own dtype the weights stay mapped from the files until they are converted one by one.
-        model, loading = Qwen2VLModel.from_pretrained(
+        loaded: Any = Qwen2VLModel.from_pretrained(
             directory, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+        model, loading = loaded
         if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
             raise SystemExit(f"{directory} is not a Qwen2-VL checkpoint: it has no usable weights for {missing[0]}.")
         model.eval().requires_grad_(False)
@@ -385,6 +385,8 @@ class Model:
             if dtype == torch.bfloat16:
                 transformers.AttentionInterface.register("chunked", chunked_attention)
                 model.set_attn_implementation({"vision_config": "chunked"})
+            if sum(parameter.numel() for parameter in model.parameters()) < SMALL_PARAMETERS:
+                torch.set_num_threads(1)
             if dtype != torch.float16 and platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():
                 self._pack(model)
         for parameter in model.parameters():  # and not buffers: the rotary frequencies stay in float32
@@ -394,7 +396,7 @@ class Model:
         self.dimension: int = self._decoder.config.hidden_size
         self._prefixes: OrderedDict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
 
-    def _pack(self, model: torch.nn.Module) -> None:
+    def _pack(self, model: Any) -> None:
         modules = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
         linears = [found for found in modules if isinstance(found[2], torch.nn.Linear)]
         scratch = torch.empty(max(linear.weight.numel() for *_, linear in linears), dtype=self.dtype)
@@ -470,7 +472,7 @@ class Model:
             cache = DynamicCache()
             ids = torch.tensor([prefix], device=self.device)
             self._decode(self._decoder.embed_tokens(ids), cache, torch.tensor([0], device=self.device))
-            self._prefixes[prefix] = [(layer.keys, layer.values) for layer in cache.layers]
+            self._prefixes[prefix] = [(keys, values) for keys, values, _ in cache]
             while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(prefix)
@@ -487,7 +489,8 @@ class Model:
 MAX_PADDING = 0.2
 AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 19 kB a token
 CACHE_ENTRY_BYTES = 200  # what a cached vector takes beside its numbers
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time from an input's arrival until the model takes it.")
@@ -522,7 +525,7 @@ class Turn(NamedTuple):
 
     order: tuple[int, int]  # (rank within its job, number of the job)
     job: Job
-    index: int  # within the request
+    position: int  # in the request
     source: Source
 
 
@@ -725,10 +728,10 @@ class Batcher:
             return
         if isinstance(result, Exception):
             if job.set_running_or_notify_cancel():
-                job.failed = turn.index
+                job.failed = turn.position
                 job.set_exception(result)
             return
-        job.vectors[turn.index] = result
+        job.vectors[turn.position] = result
         job.missing -= 1
         self.depth -= 1
         if not job.missing and job.set_running_or_notify_cancel():
@@ -749,6 +752,7 @@ INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 STATIC_PATH = "/docs/static"
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
+MAX_OPEN_BODIES = 32  # bodies of the largest size that may be in memory at a time
 WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
 STATUSES = {
     400: "An input that cannot be embedded.",
@@ -821,6 +825,10 @@ class Error(BaseModel):
     detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one."])
 
 
+class RefusedError(HTTPException):
+    """A refusal of ours, as distinct from those of the library's parsers."""
+
+
 def error_response(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """An error in the shape that the route's clients expect."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
@@ -830,11 +838,12 @@ def error_response(request: Request, status: int, message: str, headers: Mapping
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the API key, before anything is read, and the limit of the body."""
+    """ASGI middleware in front of all routes: the API key, before anything is read, and the limits of bodies."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
         self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
+        self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -845,9 +854,12 @@ class Guard:
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            received += (size := len(message.get("body", b"")))
+            self.open_bytes += size
             if received > self.max_body:
-                raise HTTPException(413, self.too_large, {"Connection": "close"})
+                raise RefusedError(413, self.too_large, {"Connection": "close"})
+            if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
+                raise RefusedError(503, "Too much is being sent: try again in a moment.", {"Retry-After": "1"})
             return message
 
         request, app = Request(scope), self.app
@@ -855,7 +867,10 @@ class Guard:
             app = error_response(request, 401, WRONG_KEY, {"WWW-Authenticate": "Bearer", "Connection": "close"})
         elif int(request.headers.get("content-length", 0)) > self.max_body:
             app = error_response(request, 413, self.too_large, {"Connection": "close"})
-        await app(scope, receive_counted, send)
+        try:
+            await app(scope, receive_counted, send)
+        finally:
+            self.open_bytes -= received
 
     def admits(self, request: Request) -> bool:
         if self.key is None or request.url.path in OPEN_PATHS or request.url.path.startswith(STATIC_PATH):
@@ -864,14 +879,14 @@ class Guard:
         return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key.encode())
 
 
-def fault(error: BaseException, which: str = "") -> HTTPException:
+def fault(error: BaseException, which: str = "") -> RefusedError:
     """What to tell the client about an exception of the batcher; `which` names the input."""
     status, sentence = next((status, sentence) for kind, status, sentence in FAULTS if isinstance(error, kind))
-    return HTTPException(status, which + (sentence or str(error)), {"Retry-After": "1"} if status == 503 else None)
+    return RefusedError(status, which + (sentence or str(error)), {"Retry-After": "1"} if status == 503 else None)
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Job:
-    """The answered job. Raises `HTTPException` with a sentence for the client; drops work that nobody waits for."""
+    """The answered job. Raises `RefusedError` with a sentence for the client; drops work that nobody waits for."""
     try:
         job = batcher.submit(sources)
     except UnavailableError as error:
@@ -881,9 +896,9 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise HTTPException(499, "The client closed the connection.")
-        if error := answer.exception():
-            raise fault(error, "" if job.failed is None or len(sources) == 1 else f"Input {job.failed}: ")
+            raise RefusedError(499, "The client closed the connection.")
+        if raised := answer.exception():
+            raise fault(raised, "" if job.failed is None or len(sources) == 1 else f"Input {job.failed}: ")
     finally:
         gone.cancel()
         answer.cancel()
@@ -894,7 +909,7 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -
 
 
 def read_item(item: str | Item | int | list[int], index: int, instruction: str) -> Source:
-    """An item of OpenAI's `input` as a source. Raises `HTTPException`."""
+    """An item of OpenAI's `input` as a source. Raises `RefusedError`."""
     if isinstance(item, str):
         return Source(item, None, instruction)
     if not isinstance(item, Item):
@@ -910,7 +925,7 @@ def read_item(item: str | Item | int | list[int], index: int, instruction: str) 
             data = item.image.partition(";base64,")[2] if item.image.startswith("data:") else item.image
             return Source(item.text, base64.b64decode(data, validate=True), instruction)
         sentence = "the image is neither base64 nor a data URI of base64."
-    raise HTTPException(400, f"Input {index}: {sentence}")
+    raise RefusedError(400, f"Input {index}: {sentence}")
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
@@ -927,16 +942,18 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
         static_url=STATIC_PATH,
-        form_limits={"max_files": 1, "max_fields": 16},
+        form_limits={"max_files": 1, "max_fields": 16, "max_part_size": int(settings.max_body_mb * 2**20)},
         responses={status: {"model": Error, "description": sentence} for status, sentence in STATUSES.items()},
         dependencies=[Depends(HTTPBearer(auto_error=False, description="Needed when GME_API_KEY is set."))],
     )
+    app.state.batcher = batcher
     app.add_middleware(Guard, settings=settings)
     Instrumentator(should_group_status_codes=False).instrument(app).expose(app, summary="Metrics for Prometheus")
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-        return error_response(request, error.status_code, error.detail, error.headers)
+        malformed = error.status_code == 400 and not isinstance(error, RefusedError)
+        return error_response(request, 422 if malformed else error.status_code, error.detail, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_malformed(request: Request, error: RequestValidationError) -> Response:
@@ -949,10 +966,10 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     def check_count(inputs: Sequence[object], name: str) -> None:
         if not inputs:
-            raise HTTPException(400, f"{name} is empty: send at least one.")
+            raise RefusedError(400, f"{name} is empty: send at least one.")
         if len(inputs) > settings.max_inputs:
             most = f"send at most {settings.max_inputs} in one request."
-            raise HTTPException(413, f"{name} has {len(inputs)} inputs: {most}")
+            raise RefusedError(413, f"{name} has {len(inputs)} inputs: {most}")
 
     def json_response(content: object) -> Response:
         return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
@@ -981,13 +998,13 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         """OpenAI's list object, with one embedding per input in their order."""
         if body.dimensions not in (None, model.dimension):
             sentence = f"dimensions can only be {model.dimension}: this model was not trained to be cut."
-            raise HTTPException(400, sentence)
+            raise RefusedError(400, sentence)
         items = [body.input] if isinstance(body.input, str) else body.input
         check_count(items, "input")
         instruction = body.prompt or DEFAULT_INSTRUCTION
         job = await embed(request, batcher, [read_item(item, index, instruction) for index, item in enumerate(items)])
         numbers = body.encoding_format == "float"
-        vectors = job.vectors if numbers else [base64.b64encode(vector).decode() for vector in job.vectors]
+        vectors = job.vectors if numbers else [base64.b64encode(vector.tobytes()).decode() for vector in job.vectors]
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
         usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
@@ -1047,11 +1064,11 @@ def build() -> FastAPI:
     settings = Settings.load()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    max_tokens = settings.max_batch_tokens or default_batch_tokens(device)
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels)
     model = Model(directory, device, dtype)
-    model.embed(prepare([Source("warm up")]))
-    max_tokens = settings.max_batch_tokens or default_batch_tokens(device)
+    model.embed([one for one in prepare([Source("warm up")]) if isinstance(one, Input)])
     batcher = Batcher(prepare, model.embed, model.dimension, settings, max_tokens)
     batcher.on_death = end_process
     QUEUE_DEPTH.set_function(lambda: batcher.depth)
@@ -1061,7 +1078,7 @@ def build() -> FastAPI:
 
 
 if __name__ == "__main__":
-    # uvicorn's own command line; uvicorn imports this file again, as `gme_service`
-    uvicorn.main(["gme_service:app", "--host", "0.0.0.0", *sys.argv[1:]])
-else:
-    app = build()
+    # uvicorn with its own flags, in this process but from the start: it imports this file by its name
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
+    os.execv(sys.executable, [*command, "--host", "0.0.0.0", *sys.argv[1:]])
+app = build()

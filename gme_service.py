@@ -34,7 +34,6 @@ import numpy as np
 import orjson
 import torch
 import transformers
-import uvicorn
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
@@ -113,6 +112,41 @@ def is_complete(directory: Path) -> bool:
     return True
 
 
+class DownloadLog:
+    """What a log gets in place of the client's progress bars: a line for every half gigabyte of a file."""
+
+    STEP = 500_000_000
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name, self._size, self._received = name, size, 0
+
+    def update(self, size: int) -> None:
+        before, self._received = self._received, self._received + size
+        if before // self.STEP < self._received // self.STEP:
+            log.info("%s: %.1f of %.1f GB", self._name, self._received / 1e9, self._size / 1e9)
+
+    def end(self) -> None:
+        pass
+
+
+def download(settings: Settings, directory: Path) -> None:
+    """Fetch from ModelScope what `directory` lacks. Part of a file that an earlier download left there is continued."""
+    # The client's own locks are in HOME, which a service may not write into; `find_checkpoint` holds one of ours.
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
+    from modelscope import snapshot_download  # 1.3 s to import, and needed once
+
+    # A log would get 90,000 lines of progress bars an hour: the client draws them on the stderr of the moment.
+    terminal = sys.stderr.isatty()
+    with contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO()):
+        snapshot_download(
+            settings.model_id,
+            revision=settings.model_revision,
+            local_dir=str(directory),
+            progress_callbacks=None if terminal else [DownloadLog],
+        )
+
+
 def find_checkpoint(settings: Settings) -> Path:
     """The directory of the checkpoint, downloaded from ModelScope first when it is not complete on disk.
 
@@ -125,19 +159,19 @@ def find_checkpoint(settings: Settings) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.parent / f".{directory.name}.lock"):  # one download per machine, however many workers
             if not is_complete(directory):
-                from modelscope import snapshot_download  # 1.3 s to import, and needed once
-
-                snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
+                download(settings, directory)
         if is_complete(directory):
             return directory
         reason = "what the hub sent is not a complete Qwen2-VL checkpoint"
     except Exception as error:  # the client raises many kinds, its HTTP library's among them
-        reason = f"{type(error).__name__}: {error}"
+        # its messages go on for many lines, of which the second names the first file that failed
+        reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
     raise SystemExit(
         f"No checkpoint of {settings.model_id}: {directory} is not complete, and downloading it from ModelScope"
         f" ({os.environ.get('MODELSCOPE_ENDPOINT', 'https://www.modelscope.cn')}) failed ({reason})."
-        f" Put the model's files into that directory by hand, or set GME_MODEL_DIR to a directory that has them in"
-        f" {settings.model_id}, or set MODELSCOPE_ENDPOINT to a hub that this machine can reach."
+        f" Start again to go on where the download ended, or put the model's files into that directory by hand, or set"
+        f" GME_MODEL_DIR to a directory that has them in {settings.model_id}, or set MODELSCOPE_ENDPOINT to a hub that"
+        f" this machine can reach."
     )
 
 
@@ -952,8 +986,10 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-        malformed = error.status_code == 400 and not isinstance(error, RefusedError)
-        return error_response(request, 422 if malformed else error.status_code, error.detail, error.headers)
+        if error.status_code == 400 and not isinstance(error, RefusedError):
+            sentence = f"body: it cannot be read ({error.detail.rstrip('.')}): send JSON in UTF-8, or a multipart form."
+            return error_response(request, 422, sentence)
+        return error_response(request, error.status_code, error.detail, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_malformed(request: Request, error: RequestValidationError) -> Response:

@@ -41,6 +41,7 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, Field, ValidationError
@@ -185,6 +186,8 @@ HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH_FACTOR = 28  # a vision token covers 2 x 2 patches of 14 x 14 pixels
 MAX_SIDE_RATIO = 200
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
 Image.MAX_IMAGE_PIXELS = None  # `read_image` has the limit: Pillow's own warns at one size and raises at another
 
@@ -260,18 +263,24 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, upright and in RGB, after the first resize. Raises `InputError` or `ImageTooLargeError`."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > max_pixels:
+            tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+            tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)  # a tile may be larger than its image
+            if max(image.width * image.height, tile) > max_pixels:
                 raise ImageTooLargeError(
                     f"The image has {image.width} x {image.height} pixels, and at most {max_pixels} are accepted:"
                     " scale it down before sending it (the model sees about a million of them)."
                 )
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        return upright.resize(first_resize(*upright.size), Image.Resampling.BICUBIC)
+            # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
+            if not image.info.get("progressive") or data.count(b"\xff\xda") <= MAX_SCANS:
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = image.convert("RGB")
+                return rgb.resize(first_resize(*rgb.size), Image.Resampling.BICUBIC)
     except ImageTooLargeError:
         raise
     except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
-        formats = ", ".join(IMAGE_FORMATS)
-        raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {formats}.") from None
+        log.debug("An image could not be decoded.", exc_info=True)
+    formats = ", ".join(IMAGE_FORMATS)
+    raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {formats}.")
 
 
 class Preparer:
@@ -325,7 +334,7 @@ class Preparer:
             if start is None or start + tokens > self._max_length:
                 raise InputError(
                     f"The image takes {tokens} tokens and does not fit behind the prompt into the {self._max_length}"
-                    " tokens that the model reads: send a shorter prompt."
+                    " tokens that the model reads: send a shorter prompt, or raise GME_MAX_LENGTH on the server."
                 )
             ids = ids[:start] + [ids[start]] * tokens + ids[start + 1 :]
             image = {
@@ -406,10 +415,15 @@ class Model:
         # The class is named and trust_remote_code is not: whatever code lies in the directory, none of it is run.
         # With the checkpoint's own dtype the weights stay mapped from the files until they are converted one by one.
         loaded: Any = Qwen2VLModel.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+            directory,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         model, loading = loaded
-        if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        if missing := [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]:
             raise SystemExit(f"{directory} is not a Qwen2-VL checkpoint: it has no usable weights for {missing[0]}.")
         model.eval().requires_grad_(False)
         if device.type == "cpu":

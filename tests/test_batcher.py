@@ -8,6 +8,7 @@ import itertools
 import os
 import queue
 import random
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -174,7 +175,7 @@ class Rig:
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., Rig]]:
+def make(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
     def make_one(**options: float) -> Rig:
@@ -184,6 +185,16 @@ def make() -> Iterator[Callable[..., Rig]]:
     yield make_one
     for rig in rigs:
         rig.check()
+    assert not [record for record in caplog.get_records("call") if record.name == "concurrent.futures"]
+
+
+@pytest.fixture
+def nervous() -> Iterator[None]:
+    """Threads take turns so often that what a lock should have kept together comes apart."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture
@@ -322,6 +333,17 @@ def test_oldest_first_among_equals(make: Callable[..., Rig]) -> None:
 
     last.result(PATIENCE)
     assert rig.batches == [["plug"], ["a"], ["b"], ["c"], ["d"]]
+
+
+def test_a_later_input_does_not_displace_an_earlier_one_that_fits_less_well(make: Callable[..., Rig]) -> None:
+    rig = make(max_tokens=30)
+
+    with rig.held():
+        for name, length in {"a": 10, "b": 9, "c": 9, "d": 10, "e": 10}.items():
+            last = rig.submit_ready(text(name, length))
+
+    last.result(PATIENCE)
+    assert list(map(sorted, rig.batches)) == [["plug"], ["a", "b", "c"], ["d", "e"]]
 
 
 def test_the_first_of_a_new_request_overtakes_the_rest_of_an_old_one(make: Callable[..., Rig]) -> None:
@@ -868,6 +890,31 @@ def test_an_event_loop_that_submits_and_cancels_never_waits_for_ever(make: Calla
     assert sum(asyncio.run(asyncio.wait_for(clients(), PATIENCE))) > 100
 
 
+@pytest.mark.usefixtures("nervous")
+def test_cancelling_at_the_last_moment_harms_nobody(make: Callable[..., Rig]) -> None:
+    rig, computed = make(max_tokens=100), set[str]()
+    rig.fault = computed.add
+
+    def client(rng: random.Random) -> None:
+        for _ in range(300):
+            name = str(rng.random())[:9]
+            job = rig.submit(text(name))
+            while name not in computed:
+                pass
+            for _ in range(rng.randrange(300)):
+                pass
+            job.cancel()
+
+    threads = [threading.Thread(target=client, args=(random.Random(seed),)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+    assert rig.batcher.alive
+
+
+@pytest.mark.usefixtures("nervous")
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happens_each_job_ends_as_it_should(make: Callable[..., Rig], seed: int) -> None:
     """Threads submit, cancel and wait, among inputs that fail in every way, with a cache that is always too small."""

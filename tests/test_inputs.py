@@ -374,6 +374,7 @@ def test_an_orientation_that_means_nothing_is_ignored(value: int) -> None:
     np.testing.assert_array_equal(seen.pixel_values, prepared(gme.Source("", save(picture(), "PNG"))).pixel_values)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 5000])
 def test_broken_metadata_is_an_image_or_a_refusal(exif: bytes) -> None:
     (result,) = prepare([gme.Source("", save(picture(), "JPEG", exif=exif))])
@@ -479,6 +480,24 @@ def jpeg(width: int, height: int) -> bytes:
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def tiff(width: int, height: int, tile: int) -> bytes:
+    """A TIFF in one deflated tile, which is read as a whole however small the image in its corner is."""
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, tile),
+        (323, tile),
+        (324, 8),
+        (325, 0),
+    ]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -489,8 +508,10 @@ def jpeg(width: int, height: int) -> bytes:
         bmp(50_000, 50_000),
         bmp(50_000, -50_000),
         jpeg(50_000, 50_000),
+        tiff(50_000, 50_000, 64),
+        tiff(64, 48, 40_000),
     ],
-    ids=["png", "largest png", "gif screen", "gif frame", "bmp", "bmp top down", "jpeg"],
+    ids=["png", "largest png", "gif screen", "gif frame", "bmp", "bmp top down", "jpeg", "tiff", "tiff tile"],
 )
 def test_too_many_pixels_are_refused_from_the_header(data: bytes) -> None:
     error = refused(gme.Source("", data))  # none of these has the pixels, so that decoding would fail otherwise
@@ -504,6 +525,19 @@ def test_the_pixel_limit_is_inclusive() -> None:
     assert isinstance(
         refused(gme.Source("", PHOTO), make_preparer(max_image_pixels=64 * 48 - 1)), gme.ImageTooLargeError
     )
+
+
+def progressive(scans: int) -> bytes:
+    """A JPEG that repeats its last scan. Each costs a pass over all pixels, and takes but some bytes of the file."""
+    data = save(picture(), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_some_is_not() -> None:
+    prepared(gme.Source("", progressive(0)))
+    prepared(gme.Source("", progressive(20)))
+    refused(gme.Source("", progressive(5000)))
 
 
 # ------------------------------------------------------------------------------------------------------------ keys

@@ -119,13 +119,6 @@ def test_a_value_that_does_not_parse_stops_the_start_with_a_sentence_for_each() 
     assert all(line.startswith(("GME_MAX_LENGTH='long' cannot", "GME_DTYPE='int8' cannot")) for line in sentences)
 
 
-def test_a_device_that_the_machine_lacks_stops_the_start_with_a_sentence() -> None:
-    end = start(GME_DEVICE="warp:9")
-    assert end.returncode not in (0, None)
-    assert end.stderr.startswith("GME_DEVICE='warp:9' cannot be used: ")
-    assert len(end.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu:cpu", "cpu, please"])
 def test_a_device_that_does_not_exist_is_refused_by_name(name: str) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -14,6 +14,7 @@ import tracemalloc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -404,6 +405,17 @@ def test_lone_queries_that_come_one_after_the_other_are_all_in_the_next_batch(ma
     assert {rig.batch_of(f"lone {number}") for number in range(10)} == {1}
 
 
+def test_a_small_request_during_a_bulk_job_is_in_the_next_batch(make: Callable[..., Rig]) -> None:
+    rig = make(max_tokens=400)
+
+    with rig.held(*(text(f"bulk {number}") for number in range(500))):
+        rig.await_ready(*(f"bulk {number}" for number in range(200)))
+        rig.submit_ready(*(text(f"small {number}") for number in range(16)))
+
+    rig.jobs[0][0].result(PATIENCE)
+    assert {rig.batch_of(f"small {number}") for number in range(16)} == {1}
+
+
 def test_a_bulk_job_goes_on_while_lone_queries_keep_coming(make: Callable[..., Rig]) -> None:
     rig = make(max_tokens=10)
 
@@ -610,6 +622,28 @@ def test_a_job_cancelled_in_the_batch_under_way_leaves_the_others(rig: Rig) -> N
     assert stays.exception(PATIENCE) is None
 
 
+@pytest.mark.parametrize("fault", [None, RuntimeError("boom"), SystemExit()])
+def test_a_job_cancelled_just_as_it_ends_leaves_the_others(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, fault: BaseException | None
+) -> None:
+    rig.fault = lambda name: fault if name == "gone" else None
+    died = threading.Event()
+    rig.batcher.on_death = died.set
+
+    with rig.held():
+        gone, stays = rig.submit_ready(text("gone")), rig.submit_ready(text("stays"))
+        end = gone.set_running_or_notify_cancel
+        monkeypatch.setattr(gone, "set_running_or_notify_cancel", lambda: gone.cancel() and end())
+
+    if isinstance(fault, SystemExit):
+        assert died.wait(PATIENCE)
+        assert isinstance(stays.exception(PATIENCE), gme.UnavailableError)
+    else:
+        assert stays.exception(PATIENCE) is None
+        assert rig.batcher.alive
+    assert gone.cancelled()
+
+
 def test_cancelling_a_bulk_job_drops_the_rest_of_it(make: Callable[..., Rig]) -> None:
     rig = make(max_tokens=100)
 
@@ -631,6 +665,7 @@ def test_work_goes_on_when_all_that_was_ready_is_cancelled(make: Callable[..., R
         waits = rig.submit(text("waits"))  # to be prepared
         for job in [plug, *ready]:
             job.cancel()
+        assert not wait([waits], 0.1).done
 
     assert waits.exception(PATIENCE / 10) is None
     assert rig.batches == [["plug"], ["waits"]]
@@ -890,6 +925,26 @@ def test_an_event_loop_that_submits_and_cancels_never_waits_for_ever(make: Calla
     assert sum(asyncio.run(asyncio.wait_for(clients(), PATIENCE))) > 100
 
 
+def run_together(client: Callable[[random.Random], None], threads: int = 3, seed: int = 0) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(client, random.Random(100 * seed + number)) for number in range(threads)]:
+            done.result(PATIENCE)
+
+
+def test_one_thread_at_a_time_changes_the_queue(rig: Rig) -> None:
+    met = queue.SimpleQueue[bool]()
+
+    with rig.held() as under_way:
+
+        def let_the_model_end_its_batch(_: str) -> None:
+            rig.gate.set()
+            met.put(bool(wait([under_way], 0.1).done))
+
+        rig.batcher.watch = let_the_model_end_its_batch  # called in the midst of making an input ready
+        rig.submit(text("next"))
+        assert not met.get(timeout=PATIENCE)
+
+
 @pytest.mark.usefixtures("nervous")
 def test_cancelling_at_the_last_moment_harms_nobody(make: Callable[..., Rig]) -> None:
     rig, computed = make(max_tokens=100), set[str]()
@@ -901,17 +956,23 @@ def test_cancelling_at_the_last_moment_harms_nobody(make: Callable[..., Rig]) ->
             job = rig.submit(text(name))
             while name not in computed:
                 pass
-            for _ in range(rng.randrange(300)):
+            for _ in range(rng.randrange(1500)):
                 pass
             job.cancel()
 
-    threads = [threading.Thread(target=client, args=(random.Random(seed),)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-
+    run_together(client)
     assert rig.batcher.alive
+
+
+@pytest.mark.usefixtures("nervous")
+def test_a_cache_that_is_always_too_small_harms_nobody(make: Callable[..., Rig]) -> None:
+    rig = make(cache_mb=cache_mb(2), max_tokens=20)
+
+    def client(rng: random.Random) -> None:
+        for _ in range(200):
+            rig.submit(*map(text, rng.choices("abcd", k=4))).result(PATIENCE)
+
+    run_together(client)
 
 
 @pytest.mark.usefixtures("nervous")
@@ -950,11 +1011,7 @@ def test_whatever_happens_each_job_ends_as_it_should(make: Callable[..., Rig], s
                 with contextlib.suppress(asyncio.CancelledError):
                     job.exception(PATIENCE)
 
-    threads = [threading.Thread(target=client, args=(random.Random(100 * seed + number),)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
+    run_together(client, 8, seed)
 
     rig.check()
     assert len(rig.jobs) > 200

@@ -40,7 +40,8 @@ from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
@@ -71,7 +72,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_length: int = Field(1800, ge=64, le=32768)
     max_batch_tokens: int | None = Field(None, ge=1)
-    max_inputs: int = Field(2048, ge=1)
+    max_inputs: int = Field(2048, ge=1, le=1 << 16)
     max_body_mb: float = Field(32, gt=0, allow_inf_nan=False)
     max_image_pixels: int = Field(100_000_000, ge=1)
     max_queue: int = Field(16384, ge=1)
@@ -108,7 +109,7 @@ def is_complete(directory: Path) -> bool:
         for shard in shards:
             with safe_open(directory / shard, framework="np"):
                 pass
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
     return True
 
@@ -186,6 +187,15 @@ HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH_FACTOR = 28  # a vision token covers 2 x 2 patches of 14 x 14 pixels
 MAX_SIDE_RATIO = 200
+UPRIGHT = {  # by EXIF orientation; ImageOps.exif_transpose would rewrite the EXIF too, and fail where it is odd
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
@@ -211,7 +221,7 @@ class Source:
     @property
     def weight(self) -> int:
         """What it costs to prepare, in characters of text."""
-        return 32 + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
+        return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
 
 
 @dataclass(slots=True, frozen=True)
@@ -272,8 +282,8 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
                 )
             # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
             if not image.info.get("progressive") or data.count(b"\xff\xda") <= MAX_SCANS:
-                ImageOps.exif_transpose(image, in_place=True)
-                rgb = image.convert("RGB")
+                upright = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
+                rgb = image.convert("RGB") if upright is None else image.convert("RGB").transpose(upright)
                 return rgb.resize(first_resize(*rgb.size), Image.Resampling.BICUBIC)
     except ImageTooLargeError:
         raise
@@ -302,7 +312,7 @@ class Preparer:
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | InputError]:
         """For each source its `Input`, or the error that says why there is none."""
-        heads = [HEAD.format(source.instruction) for source in sources]
+        heads = [HEAD.format(source.instruction[: self._max_chars]) for source in sources]
         prompts = [
             f"{head}{'' if source.image is None else IMAGE}{source.text}{TAIL}"
             for head, source in zip(heads, sources, strict=True)
@@ -536,6 +546,7 @@ class Model:
 
 MAX_PADDING = 0.2
 AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 19 kB a token
+PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))  # each may hold a GB while it decodes the largest image
 CACHE_ENTRY_BYTES = 200  # what a cached vector takes beside its numbers
 T = TypeVar("T")
 R = TypeVar("R")
@@ -554,8 +565,15 @@ class UnavailableError(Exception):
     """Nothing can be taken or answered now; the message says why."""
 
 
-class Job(Future["Job"]):
-    """A request; its result is itself, with its vectors. The rank of an input is its place in `by_rank`: by length, so
+class Answer(NamedTuple):
+    """The vectors (n, dimension), float32, of a request's n inputs, and the tokens that the model read for them."""
+
+    vectors: np.ndarray
+    tokens: int
+
+
+class Job(Future[Answer]):
+    """A request. The rank of an input is its place in `by_rank`: by length, so
     that neighbours make good batches. When it ends with an exception, `failed` says through which input."""
 
     def __init__(self, number: int, sources: Sequence[Source], dimension: int) -> None:
@@ -585,13 +603,19 @@ class Place(NamedTuple):
 
 
 def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | Exception]:
-    """`function(items)`; where it raises, halves the items until those it raises for have the exception as result."""
+    """`function(items)`; where it raises, halves the items until those it raises for have the exception as result.
+
+    Only `SystemExit` goes through: a panic of the tokenizers library, which is no `Exception` either, must not.
+    """
     try:
         return list(function(items))
-    except Exception as raised:
+    except SystemExit:
+        raise
+    except BaseException as raised:
         if len(items) == 1 and not isinstance(raised, MemoryError):
             log.exception("An input could not be embedded.")
-        error = raised.with_traceback(None)  # a traceback holds the batch's tensors: free them before the next try
+        # without the traceback, which holds the batch's tensors in memory
+        error = raised.with_traceback(None) if isinstance(raised, Exception) else RuntimeError(repr(raised))
     if len(items) == 1:
         return [error]
     half = len(items) // 2
@@ -622,13 +646,12 @@ class Batcher:
         self._jobs: list[tuple[int, int, Job]] = []  # heap of (rank of the job's next input, its number, job)
         self._open: set[Job] = set()  # jobs without an answer
         self._ready: dict[bytes, Place] = {}  # prepared, by key
-        self._ahead = 0  # tokens in `_ready`
         self.depth = 0  # inputs without an answer
         self.alive = True
         self.on_death: Callable[[], None] = lambda: None
         lock = threading.RLock()
         self._lock, self._to_prepare, self._to_run = lock, threading.Condition(lock), threading.Condition(lock)
-        runs = [self._run_model] + [self._run_prepare] * max(2, os.cpu_count() or 1)
+        runs = [self._run_model] + [self._run_prepare] * PREPARE_THREADS
         self._threads = [threading.Thread(target=run, name=run.__name__, daemon=True) for run in runs]
         for thread in self._threads:
             thread.start()
@@ -650,17 +673,18 @@ class Batcher:
             self._open.add(job)
             heapq.heappush(self._jobs, (0, job.number, job))
             self._to_prepare.notify()
-        job.add_done_callback(lambda _: self._forget(job))
+        job.add_done_callback(self._forget)  # type: ignore[arg-type]
         return job
 
     def close(self) -> None:
-        """End the threads after the batch under way."""
+        """End the threads after the batch under way, and the jobs that it leaves."""
         with self._lock:
             self.alive = False
             self._to_prepare.notify_all()
             self._to_run.notify_all()
         for thread in self._threads:
             thread.join()
+        self._end_jobs()
 
     def _run_prepare(self) -> None:
         while chunk := self._take_chunk():
@@ -680,15 +704,18 @@ class Batcher:
             while self.alive:
                 chunk: list[Turn] = []
                 weight = 0
+                ready = sorted((self._order(key), place.prepared.cost) for key, place in self._ready.items())
+                before = [0, *itertools.accumulate(cost for _, cost in ready)]
                 while self._jobs and weight < CHUNK_WEIGHT:
                     rank, number, job = self._jobs[0]
                     if not job.done():
-                        enough = self._ahead >= AHEAD_BATCHES * self._max_tokens
-                        if enough and (rank, number) > min(map(self._order, self._ready)):
-                            break
+                        if before[bisect.bisect(ready, ((rank, number),))] >= AHEAD_BATCHES * self._max_tokens:
+                            break  # enough is ready that goes before it
                         index = job.by_rank[rank]
-                        chunk.append(Turn((rank, number), job, index, job.sources[index]))
                         weight += job.sources[index].weight
+                        if chunk and weight > CHUNK_WEIGHT:
+                            break
+                        chunk.append(Turn((rank, number), job, index, job.sources[index]))
                     heapq.heappop(self._jobs)
                     if not job.done() and rank + 1 < len(job.by_rank):
                         heapq.heappush(self._jobs, (rank + 1, number, job))
@@ -707,7 +734,6 @@ class Batcher:
             self._ready[key].turns.append(turn)
         else:
             self._ready[key] = Place(prepared, [turn])
-            self._ahead += prepared.cost
             self._to_run.notify()
 
     def _order(self, key: bytes) -> tuple[int, int]:
@@ -728,12 +754,16 @@ class Batcher:
                     while len(self._cache) > self._cache_entries:
                         self._cache.popitem(last=False)
         except BaseException as error:
-            log.critical("The model thread has ended, and the process ends with it: %r", error)
-            with self._lock:
-                self.alive = False
-                for job in [job for job in self._open if job.set_running_or_notify_cancel()]:
-                    job.set_exception(UnavailableError("The model thread has ended: try again in a moment."))
+            log.critical("The model thread has ended: %r", error)
+            self._end_jobs()
             self.on_death()
+
+    def _end_jobs(self) -> None:
+        with self._lock:
+            self.alive = False
+            for job in list(self._open):  # a job that is cancelled meanwhile leaves the set
+                if not job.done() and job.set_running_or_notify_cancel():
+                    job.set_exception(UnavailableError("The service is ending: try again in a moment."))
 
     def _take_batch(self) -> dict[bytes, Place]:
         """The best batch of what is ready; waits for it. Empty once the batcher is closed.
@@ -744,7 +774,8 @@ class Batcher:
         with self._lock:
             while self.alive:
                 for key in [key for key, place in self._ready.items() if all(turn.job.done() for turn in place.turns)]:
-                    self._ahead -= self._ready.pop(key).prepared.cost
+                    del self._ready[key]
+                self._to_prepare.notify_all()  # there is room
                 if self._ready:
                     break
                 self._to_run.wait()
@@ -762,7 +793,6 @@ class Batcher:
                 if total / (1 - MAX_PADDING) >= count * longest <= self._max_tokens:
                     size = count
             batch = {key: self._ready.pop(key) for key in near[:size]}
-            self._ahead -= sum(cost[key] for key in batch)
             self._to_prepare.notify_all()
         BATCH_INPUTS.observe(size)
         BATCH_PADDING.observe(1 - sum(cost[key] for key in batch) / (size * max(cost[key] for key in batch)))
@@ -783,7 +813,7 @@ class Batcher:
         job.missing -= 1
         self.depth -= 1
         if not job.missing and job.set_running_or_notify_cancel():
-            job.set_result(job)
+            job.set_result(Answer(job.vectors, job.tokens))
 
     def _forget(self, job: Job) -> None:
         """What an ended job still has in the queue is dropped when its turn comes."""
@@ -818,6 +848,7 @@ FAULTS: tuple[tuple[type[Exception], int, str], ...] = (  # what a job can end w
     (FloatingPointError, 500, "The vector is not finite: set GME_DTYPE to bfloat16 or float32 on the server."),
     (Exception, 500, "This input could not be embedded, through a fault of the service: its log says more."),
 )
+Many = Field(fail_fast=True, max_length=1 << 16)  # a fault in each of a million items would be as many errors
 PROMPT = f"The instruction. Give one with queries, none with documents. Default: {DEFAULT_INSTRUCTION!r}"
 Prompt = Annotated[str | None, Field(description=PROMPT, examples=["Find an image that matches the given text."])]
 
@@ -825,7 +856,9 @@ Prompt = Annotated[str | None, Field(description=PROMPT, examples=["Find an imag
 class Texts(BaseModel):
     """Texts to embed."""
 
-    texts: list[str] = Field(description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]])
+    texts: Annotated[list[str], Many] = Field(
+        description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]]
+    )
     prompt: Prompt = None
 
 
@@ -845,7 +878,7 @@ class Item(BaseModel):
 class OpenAIRequest(BaseModel):
     """A request in the shape of OpenAI's embeddings API, which takes images too."""
 
-    input: str | list[str | Item | int | list[int]] = Field(
+    input: Annotated[list[str | Item | int | list[Any]], Many] | str = Field(
         description="A text, or a list of texts, or of objects with `text`, `image` or both. Token ids are refused.",
         examples=[["a red circle", "a blue star"]],
     )
@@ -881,7 +914,7 @@ def error_response(request: Request, status: int, message: str, headers: Mapping
     """An error in the shape that the route's clients expect."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
     openai = {"error": {"message": message, "type": kind, "code": None}}
-    body = openai if request.url.path.startswith("/v1/") else {"detail": message}
+    body = openai if request.scope["path"].startswith("/v1/") else {"detail": message}
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 
@@ -921,10 +954,10 @@ class Guard:
             self.open_bytes -= received
 
     def admits(self, request: Request) -> bool:
-        if self.key is None or request.url.path in OPEN_PATHS or request.url.path.startswith(STATIC_PATH):
+        if self.key is None or request.scope["path"] in OPEN_PATHS or request.scope["path"].startswith(STATIC_PATH):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key.encode())
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
 
 
 def fault(error: BaseException, which: str = "") -> RefusedError:
@@ -956,7 +989,7 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -
     return job
 
 
-def read_item(item: str | Item | int | list[int], index: int, instruction: str) -> Source:
+def read_item(item: str | Item | int | list[Any], index: int, instruction: str) -> Source:
     """An item of OpenAI's `input` as a source. Raises `RefusedError`."""
     if isinstance(item, str):
         return Source(item, None, instruction)
@@ -1008,7 +1041,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def on_malformed(request: Request, error: RequestValidationError) -> Response:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors()[:5])
-        return error_response(request, 422, " ".join(faults))  # what the client sent is not echoed
+        status = 413 if any(fault["type"] == "too_long" for fault in error.errors()) else 422
+        return error_response(request, status, " ".join(faults))  # what the client sent is not echoed
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, _: Exception) -> Response:

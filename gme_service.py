@@ -282,8 +282,10 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
                 )
             # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
             if not image.info.get("progressive") or data.count(b"\xff\xda") <= MAX_SCANS:
-                upright = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
-                rgb = image.convert("RGB") if upright is None else image.convert("RGB").transpose(upright)
+                rgb = image.convert("RGB")
+                # read after decoding, in which Pillow turns a TIFF by itself and drops its orientation
+                turn = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
+                rgb = rgb if turn is None else rgb.transpose(turn)
                 return rgb.resize(first_resize(*rgb.size), Image.Resampling.BICUBIC)
     except ImageTooLargeError:
         raise

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import gc
 import hashlib
 import heapq
 import io
@@ -320,7 +321,10 @@ class Preparer:
             for head, source in zip(heads, sources, strict=True)
         ]
         distinct = list(set(heads))
-        prefixes = dict(zip(distinct, self._encode(distinct), strict=True))
+        prefixes = {
+            head: tuple(encoding.ids[: self._max_length])
+            for head, encoding in zip(distinct, self._encode(distinct), strict=True)
+        }
         prepared: list[Input | InputError] = []
         for source, head, encoding in zip(sources, heads, self._encode(prompts), strict=True):
             try:
@@ -334,8 +338,8 @@ class Preparer:
         whole = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
         return self._tokenizer.encode_batch(whole)  # which releases the interpreter lock; encode does not
 
-    def _prepare(self, source: Source, head: str, prefix: Encoding, encoding: Encoding) -> Input:
-        ids, prefix_ids = encoding.ids, prefix.ids[: self._max_length]
+    def _prepare(self, source: Source, head: str, prefix: tuple[int, ...], encoding: Encoding) -> Input:
+        ids = encoding.ids
         image = {}
         if source.image is not None:
             features = self._processor(read_image(source.image, self._max_image_pixels), return_tensors="np")
@@ -355,9 +359,9 @@ class Preparer:
                 "pixel_values": features["pixel_values"],
             }
         token_ids = np.array(ids[: self._max_length], dtype=np.int64)
-        limit = min(len(prefix_ids), len(token_ids) - 1)
-        differs = np.flatnonzero(token_ids[:limit] != prefix_ids[:limit])
-        return Input(token_ids, tuple(prefix_ids), int(differs[0]) if differs.size else limit, **image)
+        limit = min(len(prefix), len(token_ids) - 1)
+        differs = np.flatnonzero(token_ids[:limit] != prefix[:limit])
+        return Input(token_ids, prefix, int(differs[0]) if differs.size else limit, **image)
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
@@ -415,7 +419,7 @@ class PackedLinear(torch.nn.Module):
         self.bias = None if linear.bias is None else linear.bias.to(scratch.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
 class Model:
@@ -484,11 +488,11 @@ class Model:
     @torch.inference_mode()
     def _forward(self, inputs: Sequence[Input]) -> np.ndarray:
         shared = min(one.shared for one in inputs)
-        ends = torch.tensor([len(one.token_ids) - shared for one in inputs])
-        token_ids = torch.zeros(len(inputs), int(ends.max()), dtype=torch.long)  # (B, T), padded on the right
+        ends = np.array([len(one.token_ids) - shared for one in inputs])
+        token_ids = np.zeros((len(inputs), ends.max()), np.int64)  # (B, T), padded on the right
         for row, end, one in zip(token_ids, ends, inputs, strict=True):
-            row[:end] = torch.from_numpy(one.token_ids[shared:])
-        embeddings = self._decoder.embed_tokens(token_ids.to(self.device))  # (B, T, D)
+            row[:end] = one.token_ids[shared:]
+        embeddings = self._decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device))  # (B, T, D)
 
         images = [(row, one) for row, one in enumerate(inputs) if one.pixel_values is not None]
         if images:
@@ -501,7 +505,7 @@ class Model:
                 embeddings[row, start : start + len(image)] = image
 
         cache = self._prefix(inputs[0].prefix, shared, len(inputs))
-        last = self._decode(embeddings, cache, ends.to(self.device) - 1)
+        last = self._decode(embeddings, cache, torch.from_numpy(ends - 1).to(self.device))
         return functional.normalize(last, dim=-1).cpu().numpy()
 
     def _decode(self, embeddings: torch.Tensor, cache: DynamicCache, last: torch.Tensor) -> torch.Tensor:
@@ -528,18 +532,19 @@ class Model:
 
     def _prefix(self, prefix: tuple[int, ...], shared: int, batch: int) -> DynamicCache:
         """Keys and values of the first `shared` tokens of `prefix`, for `batch` rows."""
-        if prefix not in self._prefixes:
+        layers = self._prefixes.pop(prefix, None)
+        if layers is None:
             cache = DynamicCache()
             ids = torch.tensor([prefix], device=self.device)
             self._decode(self._decoder.embed_tokens(ids), cache, torch.tensor([0], device=self.device))
-            self._prefixes[prefix] = [(keys, values) for keys, values, _ in cache]
-            while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(prefix)
+            layers = [(keys, values) for keys, values, _ in cache]  # (1, heads, tokens, head_dim) each
+        self._prefixes[prefix] = layers
+        while sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
+            self._prefixes.popitem(last=False)
         return DynamicCache(
-            [  # (1, heads, tokens, head_dim) each
+            [
                 (keys[:, :, :shared].expand(batch, -1, -1, -1), values[:, :, :shared].expand(batch, -1, -1, -1))
-                for keys, values in self._prefixes[prefix]
+                for keys, values in layers
             ]
         )
 
@@ -575,12 +580,14 @@ class Answer(NamedTuple):
 
 
 class Job(Future[Answer]):
-    """A request. The rank of an input is its place in `by_rank`: by length, so
-    that neighbours make good batches. When it ends with an exception, `failed` says through which input."""
+    """A request. The rank of an input is its place in `by_rank`: by length, so that neighbours make good batches.
 
-    def __init__(self, number: int, sources: Sequence[Source], dimension: int) -> None:
+    When it ends with an exception, `failed` says through which input.
+    """
+
+    def __init__(self, number: int, start: int, sources: Sequence[Source], dimension: int) -> None:
         super().__init__()
-        self.number, self.sources, self.missing = number, sources, len(sources)
+        self.number, self.start, self.sources, self.missing = number, start, sources, len(sources)
         self.by_rank = sorted(range(len(sources)), key=lambda index: sources[index].weight)
         self.arrived = time.perf_counter()
         self.vectors = np.empty((len(sources), dimension), np.float32)
@@ -591,7 +598,7 @@ class Job(Future[Answer]):
 class Turn(NamedTuple):
     """One input of a job on its way through the batcher; the lowest `order` goes first."""
 
-    order: tuple[int, int]  # (rank within its job, number of the job)
+    order: tuple[int, int]  # (start of its job + rank within it, number of the job)
     job: Job
     position: int  # in the request
     source: Source
@@ -628,8 +635,9 @@ class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
     Inputs are taken by rank within their own request, oldest request first among equals, so that the first input of a
-    new request overtakes the thousandth of an old one. Threads prepare a few batches ahead in that order, and at every
-    batch boundary the model thread takes the best batch of what is ready.
+    new request overtakes the thousandth of an old one. Ranks start at the number of batches so far, so that a request
+    gets a place in every batch however many new ones keep coming. Threads prepare a few batches ahead in that order,
+    and at every batch boundary the model thread takes the best batch of what is ready.
     """
 
     def __init__(
@@ -645,7 +653,8 @@ class Batcher:
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._cache_entries = int(settings.cache_mb * 2**20 / (4 * dimension + CACHE_ENTRY_BYTES))
         self._numbers = itertools.count()
-        self._jobs: list[tuple[int, int, Job]] = []  # heap of (rank of the job's next input, its number, job)
+        self._batches = 0  # taken so far
+        self._jobs: list[tuple[tuple[int, int], Job]] = []  # heap of (order of the job's next input, job)
         self._open: set[Job] = set()  # jobs without an answer
         self._ready: dict[bytes, Place] = {}  # prepared, by key
         self.depth = 0  # inputs without an answer
@@ -670,10 +679,10 @@ class Batcher:
                 raise UnavailableError("The model thread has ended: try again when the service has restarted.")
             if self.depth + len(sources) > self._max_queue:
                 raise UnavailableError("Too many inputs wait already: try again in a moment.")
-            job = Job(next(self._numbers), sources, self._dimension)
+            job = Job(next(self._numbers), self._batches, sources, self._dimension)
             self.depth += job.missing
             self._open.add(job)
-            heapq.heappush(self._jobs, (0, job.number, job))
+            heapq.heappush(self._jobs, ((job.start, job.number), job))
             self._to_prepare.notify()
         job.add_done_callback(self._forget)  # type: ignore[arg-type]
         return job
@@ -709,18 +718,19 @@ class Batcher:
                 ready = sorted((self._order(key), place.prepared.cost) for key, place in self._ready.items())
                 before = [0, *itertools.accumulate(cost for _, cost in ready)]
                 while self._jobs and weight < CHUNK_WEIGHT:
-                    rank, number, job = self._jobs[0]
+                    order, job = self._jobs[0]
+                    rank = order[0] - job.start
                     if not job.done():
-                        if before[bisect.bisect(ready, ((rank, number),))] >= AHEAD_BATCHES * self._max_tokens:
+                        if before[bisect.bisect(ready, (order,))] >= AHEAD_BATCHES * self._max_tokens:
                             break  # enough is ready that goes before it
                         index = job.by_rank[rank]
                         weight += job.sources[index].weight
                         if chunk and weight > CHUNK_WEIGHT:
                             break
-                        chunk.append(Turn((rank, number), job, index, job.sources[index]))
+                        chunk.append(Turn(order, job, index, job.sources[index]))
                     heapq.heappop(self._jobs)
                     if not job.done() and rank + 1 < len(job.by_rank):
-                        heapq.heappush(self._jobs, (rank + 1, number, job))
+                        heapq.heappush(self._jobs, ((order[0] + 1, job.number), job))
                 if chunk:
                     self._to_prepare.notify()  # another thread may go on with the rest
                     return chunk
@@ -795,6 +805,7 @@ class Batcher:
                 if total / (1 - MAX_PADDING) >= count * longest <= self._max_tokens:
                     size = count
             batch = {key: self._ready.pop(key) for key in near[:size]}
+            self._batches += 1
             self._to_prepare.notify_all()
         BATCH_INPUTS.observe(size)
         BATCH_PADDING.observe(1 - sum(cost[key] for key in batch) / (size * max(cost[key] for key in batch)))
@@ -1053,9 +1064,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     def check_count(inputs: Sequence[object], name: str) -> None:
         if not inputs:
             raise RefusedError(400, f"{name} is empty: send at least one.")
-        if len(inputs) > settings.max_inputs:
-            most = f"send at most {settings.max_inputs} in one request."
-            raise RefusedError(413, f"{name} has {len(inputs)} inputs: {most}")
+        if len(inputs) > (most := min(settings.max_inputs, settings.max_queue)):
+            raise RefusedError(413, f"{name} has {len(inputs)} inputs: send at most {most} in one request.")
 
     def json_response(content: object) -> Response:
         return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
@@ -1155,6 +1165,8 @@ def build() -> FastAPI:
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels)
     model = Model(directory, device, dtype)
     model.embed([one for one in prepare([Source("warm up")]) if isinstance(one, Input)])
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays, and going over it took the collector a third of the event loop's time
     batcher = Batcher(prepare, model.embed, model.dimension, settings, max_tokens)
     batcher.on_death = end_process
     QUEUE_DEPTH.set_function(lambda: batcher.depth)

@@ -415,6 +415,17 @@ def test_a_small_request_during_a_bulk_job_is_in_the_next_batch(make: Callable[.
     assert {rig.batch_of(f"small {number}") for number in range(16)} == {1}
 
 
+def test_a_bulk_job_goes_on_while_more_lone_queries_keep_coming_than_a_batch_takes(make: Callable[..., Rig]) -> None:
+    rig = make(max_tokens=40)
+    with rig.held():
+        bulk = rig.submit_ready(*(text(f"bulk {number}") for number in range(6)))
+        for turn in range(20):
+            for number in range(6):
+                rig.submit(text(f"{turn} {number}"))
+            rig.step()
+        assert bulk.result(PATIENCE).vectors.shape == (6, DIMENSION)
+
+
 def cache_mb(vectors: int) -> float:
     return vectors * (4 * DIMENSION + gme.CACHE_ENTRY_BYTES) / 2**20
 

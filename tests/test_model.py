@@ -170,6 +170,15 @@ def test_many_instructions_evict_each_other_and_change_no_vector(inputs: list[gm
     np.testing.assert_allclose([fresh.embed([one]) for one in others], expected, atol=1e-6)
 
 
+def test_an_instruction_longer_than_all_that_is_kept_is_not_kept(inputs: list[gme.Input], cases: list[Case]) -> None:
+    fresh = gme.Model(TOY, CPU, torch.float32)
+    (long,) = gme.Preparer(TOY, 32768, 10**8)([gme.Source("a", None, "word " * gme.PREFIX_CACHE_TOKENS)])
+    first = fresh.embed([long])
+    assert not fresh._prefixes
+    np.testing.assert_allclose(fresh.embed([long]), first, atol=1e-6)
+    assert_golden(fresh.embed([inputs[16]]), [cases[16]])
+
+
 def test_an_instruction_past_the_limit_has_the_vector_of_its_beginning(model: gme.Model) -> None:
     short, long, other = prepare(TOY, [gme.Source("a", None, "word " * n) for n in (300, 5000, 6000)])
     np.testing.assert_array_equal(model.embed([long]), model.embed([other]))

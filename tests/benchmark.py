@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def ours(directory: Path, dtype: str, linear: bool) -> dict[str, float]:
 
 @contextlib.contextmanager
 def served(environment: dict[str, str]) -> Iterator[tuple[int, dict[str, float]]]:
-    """A server's port, with the seconds that its start took and its highest anonymous memory in GB meanwhile."""
+    """A server's port, with the times of its start and its first request, and the start's highest anonymous memory."""
     port = 8123
     command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), "--no-access-log"]
     started, anonymous = time.perf_counter(), 0
@@ -204,10 +205,11 @@ def served(environment: dict[str, str]) -> Iterator[tuple[int, dict[str, float]]
             status = Path(f"/proc/{process.pid}/status").read_text()
             anonymous = max(anonymous, int(status.partition("RssAnon:")[2].split()[0]))
             with contextlib.suppress(OSError):
-                asyncio.run(exchange(port, [request([{"text": "a"}])], 1))
+                first = asyncio.run(exchange(port, [request([{"text": "first"}])], 1))
                 break
             time.sleep(0.05)  # the port opens when the model is loaded, and nothing else says so
-        yield port, {"start s": time.perf_counter() - started, "start RssAnon GB": anonymous / 2**20}
+        start = time.perf_counter() - started - first
+        yield port, {"start s": start, "start RssAnon GiB": anonymous / 2**20, "first request s": first}
     finally:
         process.terminate()
         process.wait()
@@ -248,21 +250,32 @@ async def exchange(port: int, requests: list[bytes], clients: int) -> float:
     return time.perf_counter() - started
 
 
-def over_http(environment: dict[str, str], count: int, names: list[str]) -> dict[str, float]:
-    """Workloads as one request each, and `count` single-text requests from 1, 8 and 32 clients at a time."""
+def model_seconds(port: int) -> float:
+    """What the server's model has been busy for since its start."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return float(answer.read().decode().partition("gme_model_seconds_sum ")[2].split()[0])
+
+
+def over_http(environment: dict[str, str], count: int, names: list[str], bulk: int) -> dict[str, float]:
+    """Workloads as one request each, `count` requests of one text from 1, 8 and 32 clients, and one of `bulk` texts."""
     random = np.random.default_rng(3)
 
     def single() -> bytes:
         return request([{"text": text(random, 8)}])
 
     with served(environment) as (port, times):
-        times["first request"] = asyncio.run(exchange(port, [single()], 1))
+        times["second request s"] = asyncio.run(exchange(port, [single()], 1))
         for name in names:
             one = request(workloads()[name])
             times[name] = seconds(lambda one=one: asyncio.run(exchange(port, [one], 1)))
         for clients in (1, 8, 32):
             requests = [single() for _ in range(max(8, count * clients // 32))]
             times[f"{clients} clients, requests/s"] = len(requests) / asyncio.run(exchange(port, requests, clients))
+        if bulk:
+            one, before = request([{"text": text(random, 8)} for _ in range(bulk)]), model_seconds(port)
+            took = asyncio.run(exchange(port, [one], 1))
+            times[f"{bulk} texts in one request s"] = took
+            times[f"{bulk} texts, share outside the model"] = 1 - (model_seconds(port) - before) / took
     return times
 
 
@@ -320,11 +333,11 @@ def main() -> None:
     flags = ["--linear"] if arguments.linear else []
     names = list(workloads())
     result = {"machine": part("machine", directory)}
-    result["toy HTTP"] = over_http(TOY, 4000, [])
+    result["toy HTTP"] = over_http(TOY, 4000, [], 2048)
     result["bfloat16 model"] = part("bfloat16 model", directory, *flags)
-    result["bfloat16 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "bfloat16"}, 64, names)
+    result["bfloat16 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "bfloat16"}, 64, names, 2048)
     result["float32 model"] = part("float32 model", directory)
-    result["float32 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "float32"}, 64, names[:3])
+    result["float32 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "float32"}, 64, names[:3], 0)
     result["plain"] = part("plain", directory)
     arguments.out.write_text(json.dumps(result, indent=1))
     print("\n".join(table(result)))

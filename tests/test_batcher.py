@@ -423,7 +423,7 @@ def test_a_bulk_job_goes_on_while_more_lone_queries_keep_coming_than_a_batch_tak
             for number in range(6):
                 rig.submit(text(f"{turn} {number}"))
             rig.step()
-        assert bulk.result(PATIENCE).vectors.shape == (6, DIMENSION)
+        assert bulk.result(PATIENCE).shape == (6, DIMENSION)
 
 
 def cache_mb(vectors: int) -> float:
@@ -848,6 +848,18 @@ def test_when_the_model_thread_ends_every_open_job_does(make: Callable[..., Rig]
     assert rig.batcher.depth == 0
     assert died.empty()
     assert rig.batches == [["fatal"]]
+
+
+def test_when_a_preparing_thread_ends_every_open_job_does(make: Callable[..., Rig]) -> None:
+    rig, died = make(), queue.SimpleQueue[bool]()
+    rig.fault = lambda name: SystemExit() if name == "p-fatal" else None
+    rig.batcher.on_death = lambda: died.put(rig.batcher.alive)
+
+    with rig.held() as under_way:
+        jobs = [under_way, rig.submit_ready(text("ready")), rig.submit(text("p-fatal"))]
+        assert died.get(timeout=PATIENCE) is False
+
+    assert all(isinstance(job.exception(PATIENCE), gme.UnavailableError) for job in jobs)
 
 
 def test_closing_ends_the_batch_under_way_and_the_jobs_behind_it(make: Callable[..., Rig]) -> None:

@@ -322,9 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a directory; made when there is none")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="where the numbers go")
-    parser.add_argument(
-        "--linear", action="store_true", help="also up to 4,096 texts, and queries meanwhile (15 minutes more)"
-    )
+    parser.add_argument("--linear", action="store_true", help="also up to 4,096 texts (15 minutes more)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     directory = arguments.checkpoint or Path(tempfile.gettempdir()) / "gme-random" / "published" / "shape"

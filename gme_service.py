@@ -35,9 +35,9 @@ import numpy as np
 import orjson
 import torch
 import transformers
-from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
@@ -46,7 +46,7 @@ from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from safetensors import SafetensorError, safe_open
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -880,6 +880,14 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]] = Field(description="One vector per input.", examples=[[[0.0134, -0.0127, 0.0451]]])
 
 
+class ImageForm(BaseModel):
+    """An image to embed, alone or fused with a text."""
+
+    file: UploadFile = Field(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")
+    text: str = Field("", description="A text to fuse with the image.", examples=["", "a red circle"])
+    prompt: str = Field("", description=PROMPT, examples=["", "Find a text that matches the given image."])
+
+
 class Item(BaseModel):
     """A text, an image, or both fused into one vector."""
 
@@ -890,6 +898,7 @@ class Item(BaseModel):
 class OpenAIRequest(BaseModel):
     """A request in the shape of OpenAI's embeddings API, which takes images too."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red circle", "a blue star"]}]})
     input: Annotated[list[str | Item | int | list[Any]], Many] | str = Field(
         description="A text, or a list of texts, or of objects with `text`, `image` or both. Token ids are refused.",
         examples=[["a red circle", "a blue star"]],
@@ -916,6 +925,29 @@ class Error(BaseModel):
     """What was wrong, and what to change."""
 
     detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one."])
+
+
+EMBEDDING_LIST = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.0134, -0.0127, 0.0451]}],
+    "model": "iic/gme-Qwen2-VL-2B-Instruct",
+    "usage": {"prompt_tokens": 23, "total_tokens": 23},
+}
+MODEL = {"id": "iic/gme-Qwen2-VL-2B-Instruct", "object": "model", "created": 0, "owned_by": "iic"}
+MODEL_LIST = {"object": "list", "data": [MODEL]}
+REFUSAL = {"message": "input is empty: send at least one.", "type": "invalid_request_error", "code": None}
+
+
+def openai_responses(answer: object) -> dict[int | str, dict[str, Any]]:
+    """The description of a route in OpenAI's shapes, which OpenAI has described: an example of each."""
+    sentences = {200: "As OpenAI answers."} | STATUSES
+    return {
+        status: {
+            "description": sentence,
+            "content": {"application/json": {"example": answer if status == 200 else {"error": REFUSAL}}},
+        }
+        for status, sentence in sentences.items()
+    }
 
 
 class RefusedError(HTTPException):
@@ -1041,7 +1073,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     )
     app.state.batcher = batcher
     app.add_middleware(Guard, settings=settings)
-    Instrumentator(should_group_status_codes=False).instrument(app).expose(app, summary="Metrics for Prometheus")
+    Instrumentator(should_group_status_codes=False).instrument(app).expose(
+        app, summary="Metrics for Prometheus", response_class=PlainTextResponse
+    )
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
@@ -1079,16 +1113,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     @app.post("/embed/image", response_model=Embeddings, summary="Embed an image, alone or fused with a text")
     async def embed_image(
-        request: Request,
-        file: Annotated[UploadFile, File(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")],
-        text: Annotated[str, Form(description="A text to fuse with the image.", examples=["a red circle"])] = "",
-        prompt: Annotated[str, Form(description=PROMPT, examples=["Find a text for the given image."])] = "",
+        request: Request, form: Annotated[ImageForm, Form(media_type="multipart/form-data")]
     ) -> Response:
         """One vector for the image, or for image and text together."""
-        job = await embed(request, batcher, [Source(text, await file.read(), prompt or DEFAULT_INSTRUCTION)])
+        source = Source(form.text, await form.file.read(), form.prompt or DEFAULT_INSTRUCTION)
+        job = await embed(request, batcher, [source])
         return json_response({"embeddings": job.vectors})
 
-    @app.post("/v1/embeddings", summary="Embed as with OpenAI's API")
+    @app.post("/v1/embeddings", responses=openai_responses(EMBEDDING_LIST), summary="Embed as with OpenAI's API")
     async def openai_embeddings(request: Request, body: OpenAIRequest) -> Response:
         """OpenAI's list object, with one embedding per input in their order."""
         if body.dimensions not in (None, model.dimension):
@@ -1104,14 +1136,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @app.get("/v1/models", summary="The one model, as with OpenAI's API")
+    @app.get("/v1/models", responses=openai_responses(MODEL_LIST), summary="The one model, as with OpenAI's API")
     async def openai_models() -> Response:
         """OpenAI's list of models."""
         owner = settings.model_id.partition("/")[0]
         entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": owner}
         return json_response({"object": "list", "data": [entry]})
 
-    @app.get("/health", response_model=Health, summary="Whether the service works")
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}}, summary="Whether the service works")
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         state = Health(
@@ -1178,4 +1210,8 @@ if __name__ == "__main__":
     # uvicorn with its own flags, in this process but from the start: it imports this file by its name
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
     os.execv(sys.executable, [*command, "--host", "0.0.0.0", *sys.argv[1:]])
-app = build()
+try:
+    app = build()
+except SystemExit as end:
+    print(end, file=sys.stderr)
+    sys.exit(3)  # with which uvicorn does not start its workers again and again

@@ -3,7 +3,9 @@
 import html.parser
 import http.client
 import json
+import re
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -415,19 +417,60 @@ def test_docs_load_nothing_from_elsewhere_and_need_no_key(stranger: httpx.Client
     assert "https://" not in page.text.replace("https://fastapi.tiangolo.com", "")
 
 
-def test_openapi_lists_every_status(client: httpx.Client) -> None:
-    paths = client.get("/openapi.json").json()["paths"]
+@pytest.fixture
+def description(client: httpx.Client) -> dict[str, Any]:
+    return client.get("/openapi.json").json()
+
+
+def test_every_operation_is_described_with_its_answers(description: dict[str, Any]) -> None:
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"], path
+            assert operation["description"], path
+            for answer in operation["responses"].values():
+                assert answer["description"], path
+                for kind, content in answer["content"].items():
+                    assert kind == "text/plain" or "$ref" in content.get("schema", ()) or content["example"], path
+
+
+def test_every_model_and_field_has_a_sentence_and_an_example(description: dict[str, Any]) -> None:
+    for name, model in description["components"]["schemas"].items():
+        assert model["description"], name
+        for field, schema in model["properties"].items():
+            assert schema["description"], (name, field)
+            of_models = {"$ref", "contentMediaType"} & (schema | schema.get("items", {})).keys()  # or it is a file
+            assert of_models or schema["examples"], (name, field)
+
+
+def test_the_requests_of_the_description_are_answered(client: httpx.Client, description: dict[str, Any]) -> None:
+    models = description["components"]["schemas"]
+    texts = {name: schema["examples"][0] for name, schema in models["Texts"]["properties"].items()}
+    assert len(embed_texts(client, **texts)) == 2
+    for request in models["OpenAIRequest"]["examples"]:
+        assert client.post("/v1/embeddings", json=request).status_code == 200
+
+
+def test_every_status_is_described_with_the_error_that_is_sent(description: dict[str, Any]) -> None:
     for path in ("/embed/text", "/embed/image", "/v1/embeddings"):
-        assert set(paths[path]["post"]["responses"]) == {"200", "400", "401", "413", "422", "500", "503"}
-    assert {"200", "503"} <= set(paths["/health"]["get"]["responses"])
+        answers = description["paths"][path]["post"]["responses"]
+        assert set(answers) == {"200", "400", "401", "413", "422", "500", "503"}
+        for status in set(answers) - {"200"}:
+            content = answers[status]["content"]["application/json"]
+            if path == "/v1/embeddings":
+                assert {"message", "type"} <= content["example"]["error"].keys()
+            else:
+                assert content["schema"]["$ref"].endswith("/Error")
+    dead = description["paths"]["/health"]["get"]["responses"]["503"]
+    assert dead["content"]["application/json"]["schema"]["$ref"].endswith("/Health")
 
 
-def test_openapi_describes_errors_as_they_are(client: httpx.Client) -> None:
-    description = client.get("/openapi.json").json()
-    responses = description["paths"]["/embed/text"]["post"]["responses"]
-    for status in ("400", "401", "413", "422", "500", "503"):
-        schema = responses[status]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        assert description["components"]["schemas"][schema]["properties"]["detail"]["type"] == "string"
+def test_the_file_is_described_as_one_and_the_key_as_a_bearer_token(description: dict[str, Any]) -> None:
+    (content,) = description["paths"]["/embed/image"]["post"]["requestBody"]["content"].items()
+    assert content[0] == "multipart/form-data"
+    form = description["components"]["schemas"][content[1]["schema"]["$ref"].rpartition("/")[2]]
+    assert form["properties"]["file"]["contentMediaType"] == "application/octet-stream"
+    (key,) = description["components"]["securitySchemes"].values()
+    assert (key["type"], key["scheme"]) == ("http", "bearer")
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -468,3 +511,33 @@ def test_metrics_have_no_label_that_a_client_can_choose(client: httpx.Client) ->
         client.request(f"BREW{number}", "/embed/text")
     assert len(metrics(client)) - len(before) < 100
     assert not [name for name in metrics(client) if "/no/such/route" in name or "BREW" in name]
+
+
+EXPECTED = {  # by family: its type and its labels
+    "http_requests": ("counter", {"handler", "method", "status"}),
+    "http_request_duration_seconds": ("histogram", {"handler", "method"}),
+    "gme_inputs": ("counter", {"kind"}),
+    "gme_tokens": ("counter", set()),
+    "gme_batch_inputs": ("histogram", set()),
+    "gme_batch_padding_ratio": ("histogram", set()),
+    "gme_queue_inputs": ("gauge", set()),
+    "gme_queue_seconds": ("histogram", set()),
+    "gme_model_seconds": ("histogram", set()),
+    "gme_cache_hits": ("counter", set()),
+}
+
+
+def test_every_metric_is_there_and_named_as_prometheus_asks(client: httpx.Client) -> None:
+    embed_image(client, PHOTO)
+    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+
+    for name, (kind, labels) in EXPECTED.items():
+        assert families[name].type == kind, name
+        assert {label for sample in families[name].samples for label in sample.labels} - {"le"} == labels, name
+    for family in families.values():
+        assert family.documentation, family.name
+        assert family.type != "unknown", family.name
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)
+        assert not re.search(r"_(total|count|sum|bucket|ms|milliseconds|minutes|kb|mb|percent)$", family.name)
+        if family.type == "counter":
+            assert {sample.name.removeprefix(family.name) for sample in family.samples} == {"_total"}

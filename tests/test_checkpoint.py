@@ -1,9 +1,13 @@
 """The room Checkpoint: processes of the service, with the real ModelScope client, against a hub on loopback."""
 
+import contextlib
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -198,4 +202,29 @@ import gme_service
         assert process.returncode == 0, errors
     assert hub.listings == 1
     assert Counter(fetch.file for fetch in hub.fetches) == Counter(path.name for path in TOY.iterdir())
+    assert contents(checkpoint) == contents(TOY)
+
+
+def test_in_a_terminal_the_download_shows_how_far_it_is(
+    hub: Hub, environment: dict[str, str], checkpoint: Path
+) -> None:
+    stall = hub.stall(SHARDS[1], at=900_000)
+    terminal, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (24, 120))
+    often = {"TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD], cwd=ROOT, env=os.environ | environment | often, stderr=inner
+    )
+    os.close(inner)
+
+    shown = ""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while text := os.read(terminal, 65536).decode(errors="replace"):
+            shown += text
+            if re.search(rf"\r[^\r\n]*{SHARDS[1]}: +[1-9]\d?%\|", shown):
+                stall.released.set()
+    os.close(terminal)
+
+    assert process.wait(60) == 0
+    assert re.search(r"\rDownloading: 100%\|", shown)
     assert contents(checkpoint) == contents(TOY)

@@ -2,8 +2,9 @@
 
 The info string of a code block says what to do with it: `bash` is run, command by command, against a live server;
 `bash serve` starts the service, and is run without its set-up; `bash test` is what .ci/run runs, and so runs this;
-`bash manual` needs root, a download, conda or half an hour, and is not run. `python` is run, and what it prints is the
-`text` block that follows, if one does; a second word names the package that the example needs.
+`bash manual` needs root, a download, conda or half an hour, and is not run; `bash example` is run without its set-up,
+with the address of the server as its argument. `python` is run. What an example prints is the `text` block after it,
+if one does; a second word names the package that it needs.
 """
 
 import json
@@ -18,11 +19,14 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, Server, wait_until_open
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from gme_service import STATUSES, Settings
 
-INFOS = {"bash", "bash serve", "bash test", "bash manual", "python", "python openai", "json", "text"}
+INFOS = {"bash", "bash serve", "bash test", "bash manual", "bash example", "json", "text"}
+PACKAGES = {"openai", "langchain_openai", "llama_index.embeddings.openai_like"}
+INFOS |= {"python", *(f"python {package}" for package in PACKAGES)}
 SET_UP = ("python3 -m venv ", ".venv/bin/pip install ")
 PORT = "8000"
 ADDRESS = f"localhost:{PORT}"
@@ -138,7 +142,7 @@ def test_shell_example(block: Block, clone: Path, server: Server) -> None:
             assert json.loads(answer)
 
 
-@pytest.mark.parametrize("block", of("python", "python openai"))
+@pytest.mark.parametrize("block", of(*(info for info in INFOS if info.startswith("python"))))
 def test_python_example(block: Block, clone: Path, server: Server) -> None:
     for package in block.info.split()[1:]:
         pytest.importorskip(package)
@@ -146,6 +150,15 @@ def test_python_example(block: Block, clone: Path, server: Server) -> None:
     printed = run([sys.executable, "-c", block.code.replace(f"http://{ADDRESS}", server.url)], clone)
     if following.info == "text":
         assert printed == following.code
+
+
+@pytest.mark.parametrize("block", of("bash example"))
+def test_example_script(block: Block, clone: Path, server: Server) -> None:
+    pytest.importorskip("qdrant_client")
+    *set_up, command = block.code.strip().split(" && ")
+    assert all(step.startswith(SET_UP) for step in set_up)
+    printed = run([*command.split(), server.url], clone)
+    assert printed == BLOCKS[BLOCKS.index(block) + 1].code
 
 
 @pytest.mark.parametrize("block", of("bash serve"))
@@ -197,6 +210,14 @@ def test_the_settings_table_is_that_of_the_code(readme: str) -> None:
             assert "`" not in cell  # words say what happens
         else:
             assert getattr(Settings.model_validate({name: cell.strip("`")}), name) == field.default
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_every_metric_of_ours_is_named(readme: str) -> None:
+    ours = {family.name: family for family in REGISTRY.collect() if family.name.startswith("gme_")}
+    assert len(ours) >= 8
+    for name, family in ours.items():
+        assert f"`{name}{'_total' if family.type == 'counter' else ''}`" in readme
 
 
 def test_the_errors_table_has_every_status() -> None:

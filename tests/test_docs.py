@@ -1,0 +1,109 @@
+"""The page /docs in a browser that can reach nothing but the service: read it, call it, upload to it, authorize."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import TESTS, Server, serve
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+KEY = "a-long-and-secret-key"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", offline])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, tmp_path: Path) -> Iterator[playwright.Page]:
+    """A page that has met no error and has asked one host only; a picture of its end stays in `tmp_path`."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    hosts: set[str] = set()
+    errors: list[str] = []
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.close()
+    assert len(hosts - {""}) == 1  # a data: URL has no host
+    assert errors == []
+
+
+def opened(page: playwright.Page, path: str) -> playwright.Locator:
+    """The block of a route, opened and ready to be tried out."""
+    block = page.locator(".opblock", has=page.locator(f'[data-path="{path}"]'))
+    block.locator(".opblock-summary-control").click()
+    block.get_by_role("button", name="Try it out").click()
+    return block
+
+
+def execute(block: playwright.Locator, path: str) -> playwright.Response:
+    with block.page.expect_response(f"**{path}") as answer:
+        block.get_by_role("button", name="Execute").click()
+    status = block.locator(".live-responses-table .response .response-col_status")
+    playwright.expect(status).to_contain_text(str(answer.value.status))
+    return answer.value
+
+
+def test_the_page_shows_every_route(page: playwright.Page, server: Server) -> None:
+    page.goto(server.url)  # which leads to the page
+
+    assert page.url == f"{server.url}/docs"
+    page.locator(".opblock").first.wait_for()
+    shown = page.locator("[data-path]").evaluate_all("paths => paths.map(path => path.dataset.path)")
+    assert shown == ["/embed/text", "/embed/image", "/v1/embeddings", "/v1/models", "/health", "/metrics"]
+
+
+@pytest.mark.parametrize(("path", "field"), [("/embed/text", "embeddings"), ("/v1/embeddings", "data")])
+def test_a_route_is_called_with_its_own_example(page: playwright.Page, server: Server, path: str, field: str) -> None:
+    page.goto(f"{server.url}/docs")
+    block = opened(page, path)
+
+    answer = execute(block, path)
+
+    assert answer.status == 200
+    assert len(answer.json()[field]) == 2
+    (number,) = re.findall(r"-?\d\.\d+", answer.text())[:1]
+    playwright.expect(block.locator(".live-responses-table")).to_contain_text(number)
+
+
+def test_an_image_is_uploaded_through_the_file_chooser(page: playwright.Page, server: Server) -> None:
+    image = TESTS / "shapes" / "red_circle.png"
+    with server.client() as client:
+        alone = client.post("/embed/image", files={"file": image.read_bytes()}).json()
+    page.goto(f"{server.url}/docs")
+    block = opened(page, "/embed/image")
+
+    with page.expect_file_chooser() as chooser:
+        block.locator("input[type=file]").click()
+    chooser.value.set_files(image)
+    answer = execute(block, "/embed/image")
+
+    assert answer.status == 200
+    assert answer.json() == alone
+
+
+def test_the_authorize_button_sends_the_key(page: playwright.Page, tmp_path: Path) -> None:
+    with serve(tmp_path / "log", GME_API_KEY=KEY) as guarded:
+        page.goto(f"{guarded.url}/docs")
+        block = opened(page, "/embed/text")
+        assert execute(block, "/embed/text").status == 401
+
+        page.locator(".auth-wrapper .authorize").click()
+        dialog = page.locator(".modal-ux")
+        dialog.locator("input").fill(KEY)
+        dialog.get_by_role("button", name="Apply credentials").click()
+        dialog.locator(".btn-done").click()
+
+        assert execute(block, "/embed/text").status == 200

@@ -1073,9 +1073,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     )
     app.state.batcher = batcher
     app.add_middleware(Guard, settings=settings)
-    Instrumentator(should_group_status_codes=False).instrument(app).expose(
-        app, summary="Metrics for Prometheus", response_class=PlainTextResponse
-    )
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
@@ -1155,6 +1152,10 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
             queue_depth=batcher.depth,
         )
         return Response(state.model_dump_json(), 200 if batcher.alive else 503, media_type="application/json")
+
+    Instrumentator(should_group_status_codes=False).instrument(app).expose(
+        app, summary="Metrics for Prometheus", response_class=PlainTextResponse
+    )
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

@@ -64,9 +64,13 @@ def actor_options() -> dict[str, Any]:
     """What a replica gets: one GPU where there are any, cores, and the settings in this process's environment."""
     settings = {name: value for name, value in os.environ.items() if name.startswith(("GME_", "MODELSCOPE_"))}
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
-    return {"num_gpus": int(has_gpus()), "num_cpus": CORES, "runtime_env": {"env_vars": settings | {"PYTHONPATH": path}}}
+    return {
+        "num_gpus": int(has_gpus()),
+        "num_cpus": CORES,
+        "runtime_env": {"env_vars": settings | {"PYTHONPATH": path}},
+    }
 
 
 def app(_: dict[str, str]) -> serve.Application:
     """What `serve run` and `serve deploy` start."""
-    return GME.options(ray_actor_options=actor_options()).bind()
+    return GME.options(ray_actor_options=actor_options()).bind()  # type: ignore[attr-defined]

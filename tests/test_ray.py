@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT, Address, golden
 from test_failure import FAULTY
-from test_http import KEY, STRICT
+from test_http import STRICT
 
 ray = pytest.importorskip("ray", reason="deploy/requirements.txt is not installed")
 yaml = pytest.importorskip("yaml")
@@ -287,8 +287,8 @@ def test_a_replica_and_then_a_node_killed_under_load_cost_retryable_errors_and_c
 class Faulty(ray_serve.GME.func_or_class):
     """A replica whose model obeys test_failure's file CONTROL."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    async def __init__(self) -> None:
+        await super().__init__()
         import faulty  # noqa: F401
 
 

@@ -56,16 +56,28 @@ def golden() -> list[Case]:
     ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    toy = "a running server of the toy checkpoint, on a CPU in float32"
+    parser.addoption("--url", help=f"run the tests that need nothing but HTTP against {toy}")
+    parser.addoption("--strict-url", help=f"the same with {toy}, and with the settings STRICT of test_http.py")
+
+
 @dataclass
-class Server:
-    """A uvicorn that serves the app in a process of its own."""
+class Address:
+    """Where a server of the app is."""
 
     url: str
-    process: subprocess.Popen[str]
-    log: Path
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **options)
+
+
+@dataclass
+class Server(Address):
+    """A uvicorn that serves the app in a process of its own."""
+
+    process: subprocess.Popen[str]
+    log: Path
 
 
 @contextlib.contextmanager
@@ -103,22 +115,39 @@ def wait_until_open(server: Server, seconds: float = 120) -> None:
     pytest.fail(f"The server did not start:\n{server.log.read_text()}")
 
 
+@contextlib.contextmanager
+def serve_or_use(config: pytest.Config, option: str, log: Path, **environment: str) -> Iterator[Address]:
+    """The server that the command line names with `option`; when it names none at all, one of our own."""
+    if url := config.getoption(option):
+        yield Address(url)
+        return
+    skip_with_an_address(config, f"no {option} is given")
+    with serve(log, **environment) as running:
+        yield running
+
+
+def skip_with_an_address(config: pytest.Config, reason: str) -> None:
+    if config.getoption("--url") or config.getoption("--strict-url"):
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     """One server for all tests that do not change it."""
-    with serve(tmp_path_factory.mktemp("server") / "log") as running:
+    with serve_or_use(pytestconfig, "--url", tmp_path_factory.mktemp("server") / "log") as running:
         yield running
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
+def client(server: Address) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def start(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start further servers, with uvicorn arguments and environment variables of the test's own."""
+    skip_with_an_address(pytestconfig, "it starts servers of its own")
     with contextlib.ExitStack() as stack:
         numbers = iter(range(100))
         yield lambda *arguments, **environment: stack.enter_context(

@@ -228,3 +228,17 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(
     assert process.wait(60) == 0
     assert re.search(r"\rDownloading: 100%\|", shown)
     assert contents(checkpoint) == contents(TOY)
+
+
+def test_two_workers_download_once_and_both_serve(
+    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Callable[..., Server]
+) -> None:
+    server = start("--workers", "2", **environment)
+    while server.log.read_text().count("loaded in") < 2:
+        assert server.process.poll() is None
+        time.sleep(0.05)
+
+    assert "died" not in server.log.read_text()  # uvicorn ends a worker that it believes to hang
+    assert hub.listings == 1
+    assert Counter(fetch.file for fetch in hub.fetches) == Counter(path.name for path in TOY.iterdir())
+    assert contents(checkpoint) == contents(TOY)

@@ -1,4 +1,4 @@
-"""The systemd unit: the values that the user gave, and what systemd itself says of it."""
+"""The systemd units: the values that the user gave, and what systemd itself says of them."""
 
 import re
 import shutil
@@ -11,6 +11,7 @@ import uvicorn
 from conftest import ROOT
 
 UNIT = ROOT / "deploy" / "gme_service.service"
+TEMPLATE = ROOT / "deploy" / "gme_service@.service"
 UVICORN = "/opt/conda/envs/gme-service/bin/uvicorn"
 
 needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
@@ -79,17 +80,35 @@ def test_only_the_model_directory_is_writable_and_the_devices_of_cuda_are_there(
     assert not {"PrivateDevices", "DeviceAllow", "ProtectClock", "ProcSubset", "MemoryDenyWriteExecute"} & set(service)
 
 
+def test_the_template_is_the_unit_with_a_gpu_and_a_port_for_each_instance() -> None:
+    lines, others = UNIT.read_text().splitlines(), TEMPLATE.read_text().splitlines()
+
+    assert [line for line in lines if line not in others] == [
+        "Description=GME Service: multimodal embeddings over HTTP",
+        "ExecStartPre=-+/bin/sh -c 'test ! -x /usr/bin/nvidia-modprobe || exec /usr/bin/nvidia-modprobe -c 0 -u'",
+        f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 8000",
+    ]
+    assert [line for line in others if line not in lines and not line.startswith("#")] == [
+        "Description=GME Service on GPU %i: multimodal embeddings over HTTP",
+        "Environment=CUDA_VISIBLE_DEVICES=%i",
+        "ExecStartPre=-+/bin/sh -c 'test ! -x /usr/bin/nvidia-modprobe || exec /usr/bin/nvidia-modprobe -c %i -u'",
+        f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 800%i",
+    ]
+
+
 @needs_systemd
-def test_systemd_finds_nothing_wrong_but_the_missing_interpreter() -> None:
-    found = subprocess.run(["systemd-analyze", "verify", "--man=no", UNIT], capture_output=True, text=True)
+@pytest.mark.parametrize("unit", [UNIT, TEMPLATE], ids=["unit", "template"])
+def test_systemd_finds_nothing_wrong_but_the_missing_interpreter(unit: Path) -> None:
+    found = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
 
     complaints = (found.stdout + found.stderr).splitlines()
     assert [line for line in complaints if f"{UVICORN} is not executable" not in line] == []
 
 
 @needs_systemd
-def test_systemd_rates_the_exposure_at_four_of_ten_at_most() -> None:
-    rated = subprocess.run(["systemd-analyze", "security", "--offline=yes", UNIT], capture_output=True, text=True)
+@pytest.mark.parametrize("unit", [UNIT, TEMPLATE], ids=["unit", "template"])
+def test_systemd_rates_the_exposure_at_four_of_ten_at_most(unit: Path) -> None:
+    rated = subprocess.run(["systemd-analyze", "security", "--offline=yes", unit], capture_output=True, text=True)
 
     exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", rated.stdout)
     assert exposure is not None, rated.stderr

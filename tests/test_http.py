@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
-from conftest import IMAGES, Case, Server, golden, serve
+from conftest import IMAGES, Address, Case, golden, serve_or_use
 from prometheus_client.parser import text_string_to_metric_families
 
 KEY = "a-long-and-secret-key"
+STRICT = {"GME_API_KEY": KEY, "GME_MAX_INPUTS": "3", "GME_MAX_BODY_MB": "0.25", "GME_MAX_IMAGE_PIXELS": "50000"}
 OPEN_ROUTES = ("/health", "/metrics", "/docs", "/", "/openapi.json")
 PHOTO = (IMAGES / "64x48.png").read_bytes()
 TEXTS = ["a red circle", "一个红色的圆形", "a blue star", "a red circle", ""]
@@ -24,22 +25,21 @@ PART = b'--limit\r\ncontent-disposition: form-data; name="file"; filename="a.png
 
 
 @pytest.fixture(scope="module")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def strict(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     """A server with an API key and small limits."""
-    limits = {"GME_MAX_INPUTS": "3", "GME_MAX_BODY_MB": "0.25", "GME_MAX_IMAGE_PIXELS": "50000"}
-    with serve(tmp_path_factory.mktemp("strict") / "log", GME_API_KEY=KEY, **limits) as running:
+    with serve_or_use(pytestconfig, "--strict-url", tmp_path_factory.mktemp("strict") / "log", **STRICT) as running:
         yield running
 
 
 @pytest.fixture
-def stranger(strict: Server) -> Iterator[httpx.Client]:
+def stranger(strict: Address) -> Iterator[httpx.Client]:
     """A client of the strict server that has no key."""
     with strict.client() as client:
         yield client
 
 
 @pytest.fixture
-def holder(strict: Server) -> Iterator[httpx.Client]:
+def holder(strict: Address) -> Iterator[httpx.Client]:
     """A client of the strict server that has the key."""
     with strict.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         yield client
@@ -359,7 +359,7 @@ def test_no_other_method_leaks_anything_without_the_key(stranger: httpx.Client, 
     ],
 )
 @pytest.mark.parametrize("host", ["localhost", "localhost/health?", "localhost/docs/static/#"])
-def test_no_spelling_of_a_path_leads_past_the_key(strict: Server, path: str, host: str) -> None:
+def test_no_spelling_of_a_path_leads_past_the_key(strict: Address, path: str, host: str) -> None:
     connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=30)
     connection.putrequest("POST", path, skip_host=True)  # httpx would tidy the path
     body = json.dumps({"texts": ["a"]}).encode()

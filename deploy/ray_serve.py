@@ -25,7 +25,7 @@ def build() -> FastAPI:
     try:
         from gme_service import app
     except SystemExit as stop:  # it would end the thread of the replica's event loop, and leave the replica hanging
-        raise RuntimeError(str(stop)) from None
+        raise RuntimeError(str(stop.__context__)) from None
     return app
 
 

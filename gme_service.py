@@ -561,10 +561,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
-SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: from the toy on a GPU to images in a long queue on a CPU
-QUEUE_SECONDS = Histogram(
-    "gme_queue_seconds", "Time from an input's arrival until the model takes it.", buckets=SECONDS
-)
+SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
+QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 BATCH_PADDING = Histogram(

@@ -37,7 +37,7 @@ import torch
 import transformers
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
@@ -923,6 +923,20 @@ class Error(BaseModel):
     detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one."])
 
 
+class OpenAIFault(BaseModel):
+    """What was wrong, and what to change."""
+
+    message: str = Field(description="A sentence.", examples=["input is empty: send at least one."])
+    type: str = Field(description="The kind of error.", examples=["invalid_request_error"])
+    code: None = Field(None, description="OpenAI's code: none.")
+
+
+class OpenAIError(BaseModel):
+    """An error in the shape of OpenAI's API."""
+
+    error: OpenAIFault
+
+
 class RefusedError(HTTPException):
     """A refusal of ours, as distinct from those of the library's parsers."""
 
@@ -933,6 +947,11 @@ def error_response(request: Request, status: int, message: str, headers: Mapping
     openai = {"error": {"message": message, "type": kind, "code": None}}
     body = openai if request.scope["path"].startswith("/v1/") else {"detail": message}
     return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def describe(error: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the API's description says of errors that have this shape."""
+    return {status: {"model": error, "description": sentence} for status, sentence in STATUSES.items()}
 
 
 class Guard:
@@ -1041,12 +1060,13 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         redoc_url=None,
         static_url=STATIC_PATH,
         form_limits={"max_files": 1, "max_fields": 16, "max_part_size": int(settings.max_body_mb * 2**20)},
-        responses={status: {"model": Error, "description": sentence} for status, sentence in STATUSES.items()},
+        responses=describe(Error),
         dependencies=[Depends(HTTPBearer(auto_error=False, description="Needed when GME_API_KEY is set."))],
     )
     app.state.batcher = batcher
     app.add_middleware(Guard, settings=settings)
-    Instrumentator(should_group_status_codes=False).instrument(app).expose(app, summary="Metrics for Prometheus")
+    instrumentator = Instrumentator(should_group_status_codes=False).instrument(app)
+    instrumentator.expose(app, response_class=PlainTextResponse, summary="Metrics for Prometheus")
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
@@ -1093,7 +1113,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         job = await embed(request, batcher, [Source(text, await file.read(), prompt or DEFAULT_INSTRUCTION)])
         return json_response({"embeddings": job.vectors})
 
-    @app.post("/v1/embeddings", summary="Embed as with OpenAI's API")
+    @app.post("/v1/embeddings", responses=describe(OpenAIError), summary="Embed as with OpenAI's API")
     async def openai_embeddings(request: Request, body: OpenAIRequest) -> Response:
         """OpenAI's list object, with one embedding per input in their order."""
         if body.dimensions not in (None, model.dimension):
@@ -1109,14 +1129,19 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @app.get("/v1/models", summary="The one model, as with OpenAI's API")
+    @app.get("/v1/models", responses=describe(OpenAIError), summary="The one model, as with OpenAI's API")
     async def openai_models() -> Response:
         """OpenAI's list of models."""
         owner = settings.model_id.partition("/")[0]
         entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": owner}
         return json_response({"object": "list", "data": [entry]})
 
-    @app.get("/health", response_model=Health, summary="Whether the service works")
+    @app.get(
+        "/health",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "The model thread has ended."}},
+        summary="Whether the service works",
+    )
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         state = Health(
@@ -1183,4 +1208,8 @@ if __name__ == "__main__":
     # uvicorn with its own flags, in this process but from the start: it imports this file by its name
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
     os.execv(sys.executable, [*command, "--host", "0.0.0.0", *sys.argv[1:]])
-app = build()
+try:
+    app = build()
+except SystemExit as end:
+    print(end, file=sys.stderr)
+    sys.exit(3)  # for uvicorn a failed start: it does not start its workers again and again

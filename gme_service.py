@@ -200,7 +200,9 @@ UPRIGHT = {  # by EXIF orientation; ImageOps.exif_transpose would rewrite the EX
     8: Image.Transpose.ROTATE_90,
 }
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
-TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
+MAX_FAX_ROWS = 20_000  # of a TIFF; the decoder takes 10 us and writes a line into the log for each that is broken
+COMPRESSION, TILE_WIDTH, TILE_LENGTH = 259, 322, 323  # TIFF tags
+FAX = (2, 3, 4, 32771)  # values of COMPRESSION
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
 Image.MAX_IMAGE_PIXELS = None  # `read_image` has the limit: Pillow's own warns at one size and raises at another
 
@@ -284,7 +286,9 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
                     " scale it down before sending it (the model sees about a million of them)."
                 )
             # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
-            if not image.info.get("progressive") or data.count(b"\xff\xda") <= MAX_SCANS:
+            scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
+            fax_rows = image.height if tags.get(COMPRESSION) in FAX else 0
+            if scans <= MAX_SCANS and fax_rows <= MAX_FAX_ROWS:
                 rgb = image.convert("RGB")
                 # read after decoding, in which Pillow turns a TIFF by itself and drops its orientation
                 turn = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
@@ -1216,4 +1220,4 @@ try:
     app = build()
 except SystemExit as end:
     print(end, file=sys.stderr)
-    sys.exit(3)  # with which uvicorn does not start its workers again and again
+    sys.exit(3)  # for uvicorn a failed start: it does not start its workers again and again

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,29 @@ def faulty(self, embeddings, *rest):
 gme_service.Model._decode = faulty
 app = gme_service.app
 '''
+
+
+def resources(server: Server) -> tuple[int, int]:
+    """How many files a server has open, connections among them, and how many threads."""
+    process = Path("/proc", str(server.process.pid))
+    return len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
+
+
+def await_resources(server: Server, files: int, threads: int) -> None:
+    """Wait until it has no more of them than that."""
+    deadline = time.monotonic() + PATIENCE
+    while (now := resources(server))[0] > files or now[1] > threads:
+        assert time.monotonic() < deadline, f"{now} open files and threads, and not {files}, {threads}"
+        time.sleep(0.01)
+
+
+def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
+    connection = socket.socket()
+    connection.settimeout(PATIENCE)
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    return connection
 
 
 class Faulty(Server):
@@ -116,9 +140,6 @@ class Faulty(Server):
         found = re.search(rf"^{re.escape(name)} (.*)$", text, re.MULTILINE)
         return float(found[1]) if found else 0
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), PATIENCE)
-
     def end(self) -> None:
         self.process.terminate()
         try:
@@ -147,6 +168,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     server = Faulty(tmp_path_factory.mktemp("faulty"), GME_MAX_QUEUE="8")
     try:
         wait_until_open(server)
+        server.metric("up")  # the first that takes a thread of the pool
         yield server
     finally:
         server.end()
@@ -154,13 +176,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
 
 @pytest.fixture
 def faulty(shared: Faulty) -> Iterator[Faulty]:
-    """The shared server; after the test it still answers, with nothing left in its queue and no fault in its log."""
-    read = shared.log.stat().st_size
+    """The shared server; after the test it still answers, nothing is left in it, and there is no fault in its log."""
+    read, before = shared.log.stat().st_size, resources(shared)
     shared.order("none")
     yield shared
     shared.order("none")
     assert shared.post("is it still there?").status_code == 200
     shared.await_depth(0)
+    await_resources(shared, *before)
     assert "Traceback" not in shared.log.read_text()[read:]
 
 
@@ -245,7 +268,7 @@ def test_sigterm_under_load_answers_what_is_under_way_and_exits_0(
 def test_sigterm_does_not_wait_for_ever_for_a_body_that_does_not_come(start_faulty: Callable[..., Faulty]) -> None:
     server = start_faulty("--timeout-graceful-shutdown", "1")
 
-    with server.connect() as slow:
+    with connect(server) as slow:
         slow.sendall(request("a text")[:-5])
         server.post("another")  # so that the slow one has arrived
         server.process.send_signal(signal.SIGTERM)
@@ -317,7 +340,7 @@ def test_the_work_of_a_client_that_left_never_reaches_the_model(faulty: Faulty, 
     with faulty.held():
         plug = clients.submit(faulty.post, "plug")
         faulty.await_batches(batches + 1)
-        with faulty.connect() as leaving:
+        with connect(faulty) as leaving:
             leaving.sendall(request("left 0", "left 1", "left 2"))
             faulty.await_depth(4)
         faulty.await_depth(1)
@@ -335,7 +358,7 @@ def test_a_client_that_leaves_while_its_input_is_computed_harms_nobody(
     batches = faulty.metric("gme_batch_inputs_count")
 
     with faulty.held():
-        with faulty.connect() as leaving:
+        with connect(faulty) as leaving:
             leaving.sendall(request("left"))
             faulty.await_batches(batches + 1)
         faulty.await_depth(0)
@@ -349,7 +372,7 @@ def test_a_client_that_leaves_before_its_body_ends_leaves_nothing(faulty: Faulty
     batches = faulty.metric("gme_batch_inputs_count")
 
     for sent in (10, 60, len(request("left")) - 1):
-        with faulty.connect() as leaving:
+        with connect(faulty) as leaving:
             leaving.sendall(request("left")[:sent])
             faulty.metric("up")  # an answer, so that the bytes have arrived too
     faulty.post("stays")
@@ -357,15 +380,32 @@ def test_a_client_that_leaves_before_its_body_ends_leaves_nothing(faulty: Faulty
     assert faulty.metric("gme_batch_inputs_count") - batches == 1
 
 
-def test_a_client_that_leaves_while_its_answer_is_sent_harms_nobody(faulty: Faulty) -> None:
-    with faulty.connect() as leaving:
-        leaving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        leaving.sendall(request(*"abcdefgh"))
-        leaving.recv(1)  # the answer begins
+def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_no_file(faulty: Faulty) -> None:
+    head = b"POST /embed/image HTTP/1.1\r\nHost: gme\r\nContent-Type: multipart/form-data; boundary=limit\r\n"
+    part = b'--limit\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+
+    with connect(faulty) as leaving:
+        leaving.sendall(head + b"Content-Length: 4000000\r\n\r\n" + part + bytes(3_000_000))
+
+
+def test_clients_that_do_not_read_a_large_answer_harm_nobody(server: Server) -> None:
+    large = request(*["the same"] * 2048)  # computed once, answered with 3 MB
+
+    with server.client() as http:
+        http.get("/health")
+        before = resources(server)
+        with contextlib.ExitStack() as stack:
+            for _ in range(10):
+                leaving = stack.enter_context(connect(server, receive_buffer=1024))
+                leaving.sendall(large)
+                assert leaving.recv(1)  # the answer begins
+            assert http.post("/embed/text", json={"texts": ["another"]}).status_code == 200
+        await_resources(server, *before)
+        assert http.get("/health").json()["queue_depth"] == 0
 
 
 def test_a_slow_body_keeps_nobody_waiting(faulty: Faulty) -> None:
-    slow = faulty.connect()
+    slow = connect(faulty)
 
     for byte in request("slow"):
         slow.sendall(bytes([byte]))
@@ -377,7 +417,7 @@ def test_a_slow_body_keeps_nobody_waiting(faulty: Faulty) -> None:
 
 def test_many_slow_bodies_keep_nobody_waiting(faulty: Faulty) -> None:
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(faulty.connect()) for _ in range(100)]
+        slow = [stack.enter_context(connect(faulty)) for _ in range(100)]
         for connection in slow:
             connection.sendall(request("slow")[:-3])
 
@@ -392,7 +432,7 @@ def test_a_storm_of_clients_that_come_and_go_is_answered(faulty: Faulty, clients
         statuses = set()
         for turn in range(10):
             if (number + turn) % 3 == 0:
-                with faulty.connect() as leaving:
+                with connect(faulty) as leaving:
                     leaving.sendall(request(f"{number} {turn} left", "b"))
             else:
                 statuses.add(faulty.post(f"{number} {turn}").status_code)

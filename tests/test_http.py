@@ -300,6 +300,11 @@ def test_too_many_pixels_are_413(holder: httpx.Client) -> None:
     assert "448 x 448 pixels, and at most 50000 are accepted" in sentence
 
 
+def test_too_many_fields_of_a_form_are_422(client: httpx.Client) -> None:
+    response = client.post("/embed/image", files={"file": PHOTO}, data={f"field {n}": "a" for n in range(20)})
+    assert "Too many fields" in detail(response, 422)
+
+
 # ------------------------------------------------------------------------------------------------------------- key
 
 

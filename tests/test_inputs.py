@@ -540,6 +540,13 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_some_is_not() -> Non
     refused(gme.Source("", progressive(5000)))
 
 
+@pytest.mark.parametrize("compression", ["tiff_ccitt", "group3", "group4"])
+def test_a_fax_of_too_many_rows_is_refused_and_a_long_one_is_not(compression: str) -> None:
+    fax = picture().convert("1")
+    prepared(gme.Source("", save(fax.resize((60, 10_000)), "TIFF", compression=compression)))
+    refused(gme.Source("", save(fax.resize((60, 30_000)), "TIFF", compression=compression)))
+
+
 # ------------------------------------------------------------------------------------------------------------ keys
 
 

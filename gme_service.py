@@ -449,8 +449,8 @@ class Model:
             raise SystemExit(f"{directory} is not a Qwen2-VL checkpoint: it has no usable weights for {missing[0]}.")
         model.eval().requires_grad_(False)
         if device.type == "cpu":
-            if not torch.cpu.get_capabilities().get("amx_bf16"):
-                # oneDNN instead of MKL, up to twice as fast on AMD; with AMX it would round float32 to bfloat16
+            if platform.machine() == "x86_64" and not torch.cpu.get_capabilities().get("amx_bf16"):
+                # oneDNN instead of MKL, up to twice as fast on AMD; with AMX, and on ARM, it would round to bfloat16
                 torch.set_float32_matmul_precision("medium")
             if dtype == torch.bfloat16:
                 transformers.AttentionInterface.register("chunked", chunked_attention)
@@ -544,7 +544,8 @@ class Model:
             ids = torch.tensor([prefix], device=self.device)
             self._decode(self._decoder.embed_tokens(ids), cache, torch.tensor([0], device=self.device))
             layers = [(keys, values) for keys, values, _ in cache]  # (1, heads, tokens, head_dim) each
-        self._prefixes[prefix] = layers
+        if len(prefix) <= PREFIX_CACHE_TOKENS:
+            self._prefixes[prefix] = layers
         while sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
             self._prefixes.popitem(last=False)
         return DynamicCache(
@@ -635,9 +636,10 @@ class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
     Inputs are taken by rank within their own request, oldest request first among equals, so that the first input of a
-    new request overtakes the thousandth of an old one. Ranks start at the number of batches so far, so that a request
-    gets a place in every batch however many new ones keep coming. Threads prepare a few batches ahead in that order,
-    and at every batch boundary the model thread takes the best batch of what is ready.
+    new request overtakes the thousandth of an old one. The ranks of a new request start where the waiting ones are, and
+    one higher with every batch, so that an old request gets a place in each however many new ones keep coming. Threads
+    prepare a few batches ahead in that order, and at every batch boundary the model thread takes the best batch of what
+    is ready.
     """
 
     def __init__(
@@ -653,7 +655,8 @@ class Batcher:
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._cache_entries = int(settings.cache_mb * 2**20 / (4 * dimension + CACHE_ENTRY_BYTES))
         self._numbers = itertools.count()
-        self._batches = 0  # taken so far
+        self._start = 0  # of the ranks of a new job
+        self._preparing: list[tuple[int, int]] = []  # lowest order of each chunk that a thread prepares
         self._jobs: list[tuple[tuple[int, int], Job]] = []  # heap of (order of the job's next input, job)
         self._open: set[Job] = set()  # jobs without an answer
         self._ready: dict[bytes, Place] = {}  # prepared, by key
@@ -679,7 +682,7 @@ class Batcher:
                 raise UnavailableError("The model thread has ended: try again when the service has restarted.")
             if self.depth + len(sources) > self._max_queue:
                 raise UnavailableError("Too many inputs wait already: try again in a moment.")
-            job = Job(next(self._numbers), self._batches, sources, self._dimension)
+            job = Job(next(self._numbers), self._start, sources, self._dimension)
             self.depth += job.missing
             self._open.add(job)
             heapq.heappush(self._jobs, ((job.start, job.number), job))
@@ -711,6 +714,7 @@ class Batcher:
             results = isolate(self._prepare, [turn.source for turn in chunk])
             keys = [result.key() if isinstance(result, Input) else b"" for result in results]
             with self._lock:
+                self._preparing.remove(chunk[0].order)
                 for turn, result, key in zip(chunk, results, keys, strict=True):
                     if isinstance(result, Exception):
                         self._finish(turn, result)
@@ -741,6 +745,7 @@ class Batcher:
                     if not job.done() and rank + 1 < len(job.by_rank):
                         heapq.heappush(self._jobs, ((order[0] + 1, job.number), job))
                 if chunk:
+                    self._preparing.append(chunk[0].order)
                     self._to_prepare.notify()  # another thread may go on with the rest
                     return chunk
                 self._to_prepare.wait()
@@ -808,8 +813,9 @@ class Batcher:
                 total, longest = total + cost[key], max(longest, cost[key])
                 if total / (1 - MAX_PADDING) >= count * longest <= self._max_tokens:
                     size = count
+            lowest = min([self._order(waiting[0]), *self._preparing, *(order for order, _ in self._jobs[:1])])
+            self._start = max(self._start + 1, lowest[0])
             batch = {key: self._ready.pop(key) for key in near[:size]}
-            self._batches += 1
             self._to_prepare.notify_all()
         BATCH_INPUTS.observe(size)
         BATCH_PADDING.observe(1 - sum(cost[key] for key in batch) / (size * max(cost[key] for key in batch)))

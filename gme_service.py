@@ -879,6 +879,7 @@ Prompt = Annotated[str | None, Field(description=PROMPT, examples=["Find an imag
 class Texts(BaseModel):
     """Texts to embed."""
 
+    model_config = ConfigDict(extra="forbid")  # a `promt` that is dropped would give another vector
     texts: Annotated[list[str], Many] = Field(
         description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]]
     )
@@ -894,6 +895,7 @@ class Embeddings(BaseModel):
 class ImageForm(BaseModel):
     """An image to embed, alone or fused with a text."""
 
+    model_config = ConfigDict(extra="forbid")
     file: UploadFile = Field(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")
     text: str = Field("", description="A text to fuse with the image.", examples=["", "a red circle"])
     prompt: str = Field("", description=PROMPT, examples=["", "Find a text that matches the given image."])
@@ -902,7 +904,8 @@ class ImageForm(BaseModel):
 class Item(BaseModel):
     """A text, an image, or both fused into one vector."""
 
-    text: str = Field("", description="The text.", examples=["a red circle"])
+    model_config = ConfigDict(extra="forbid")
+    text: str | None = Field(None, description="The text.", examples=["a red circle"])
     image: str | None = Field(None, description="The image file, as a data URI or base64.", examples=["iVBORw0KGgo="])
 
 
@@ -914,8 +917,10 @@ class OpenAIRequest(BaseModel):
         description="A text, or a list of texts, or of objects with `text`, `image` or both. Token ids are refused.",
         examples=[["a red circle", "a blue star"]],
     )
-    model: str = Field("", description="Any name: there is one model.", examples=["gme"])
-    encoding_format: Literal["float", "base64"] = Field("float", description="Base64: of float32.", examples=["float"])
+    model: str | None = Field(None, description="Any name: there is one model.", examples=["gme"])
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="How the vectors are written; base64 is that of float32.", examples=["float"]
+    )
     dimensions: int | None = Field(None, description="Only the model's own dimension.", examples=[1536])
     user: str | None = Field(None, description="Ignored.", examples=["me"])
     prompt: Prompt = None
@@ -1059,9 +1064,23 @@ def read_item(item: str | Item | int | list[Any], index: int, instruction: str) 
     else:
         with contextlib.suppress(ValueError):
             data = item.image.partition(";base64,")[2] if item.image.startswith("data:") else item.image
-            return Source(item.text, base64.b64decode(data, validate=True), instruction)
+            return Source(item.text or "", base64.b64decode("".join(data.split()), validate=True), instruction)
         sentence = "the image is neither base64 nor a data URI of base64."
     raise RefusedError(400, f"Input {index}: {sentence}")
+
+
+def explain(fault: dict[str, Any]) -> str:
+    """A sentence about a fault in the shape of a request. What the client sent is not echoed."""
+    match fault:
+        case {"type": "json_invalid", "loc": (_, position)}:
+            return f"body: it is not JSON, from character {position} on."
+        case {"loc": ("body", "file")}:
+            return "body.file: send the image as a file in a multipart form (with curl: -F file=@photo.jpg)."
+        case {"loc": ("body", "input", _, *_), "type": kind} if kind != "too_long":
+            return "body.input: send a text, or a list of texts or of objects with `text`, `image` or both."
+        case {"type": "model_attributes_type"}:
+            return "body: send a JSON object, with the header `Content-Type: application/json`."
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}."
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
@@ -1094,9 +1113,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def on_malformed(request: Request, error: RequestValidationError) -> Response:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors()[:5])
         status = 413 if any(fault["type"] == "too_long" for fault in error.errors()) else 422
-        return error_response(request, status, " ".join(faults))  # what the client sent is not echoed
+        return error_response(request, status, " ".join(dict.fromkeys(map(explain, error.errors()[:5]))))
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, _: Exception) -> Response:
@@ -1138,7 +1156,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         check_count(items, "input")
         instruction = body.prompt or DEFAULT_INSTRUCTION
         job = await embed(request, batcher, [read_item(item, index, instruction) for index, item in enumerate(items)])
-        numbers = body.encoding_format == "float"
+        numbers = body.encoding_format != "base64"
         vectors = job.vectors if numbers else [base64.b64encode(vector.tobytes()).decode() for vector in job.vectors]
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
         usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
@@ -1164,9 +1182,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         )
         return Response(state.model_dump_json(), 200 if batcher.alive else 503, media_type="application/json")
 
-    Instrumentator(should_group_status_codes=False).instrument(app).expose(
-        app, summary="Metrics for Prometheus", response_class=PlainTextResponse
-    )
+    instrumentator = Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS)
+    instrumentator.expose(app, summary="Metrics for Prometheus", response_class=PlainTextResponse)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
@@ -1220,6 +1237,9 @@ def build() -> FastAPI:
 
 if __name__ == "__main__":
     # uvicorn with its own flags, in this process but from the start: it imports this file by its name
+    if "--help" in sys.argv:
+        print("python gme_service.py [OPTIONS]: on all addresses and port 8000 unless the options of uvicorn, below,")
+        print("say otherwise. The settings are environment variables, GME_*: see README.md.\n", flush=True)
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
     os.execv(sys.executable, [*command, "--host", "0.0.0.0", *sys.argv[1:]])
 try:

@@ -84,12 +84,3 @@ def test_sigterm_under_load_answers_what_is_under_way_and_exits_0(start: Callabl
             assert len(answer.result().json()["embeddings"]) == 8
     assert server.process.wait(30) == 0
     assert not is_open(int(server.url.rpartition(":")[2]))
-
-
-def test_workers_that_cannot_start_are_not_started_again() -> None:
-    options = ["--workers", "2", "--timeout-worker-healthcheck", "100", "--port", str(free_port())]
-    command = [sys.executable, "-m", "uvicorn", "gme_service:app", *options]
-    wrong = os.environ | {"GME_MAX_LENGTH": "long"}
-    end = subprocess.run(command, cwd=ROOT, env=wrong, capture_output=True, text=True, timeout=200)
-    assert "GME_MAX_LENGTH='long' cannot be used: " in end.stderr
-    assert "Traceback" not in end.stderr

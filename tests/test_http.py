@@ -503,10 +503,45 @@ def test_metrics_count_what_was_answered(client: httpx.Client) -> None:
     assert grown["gme_inputs_total kind=image"] == 1
     assert grown["gme_inputs_total kind=fused"] == 1
     assert grown["gme_tokens_total"] > 2 * 256
+    assert grown["gme_queue_seconds_count"] == 4
+    assert 2 <= grown["gme_batch_inputs_count"] <= 4
+    assert grown["gme_batch_inputs_sum"] == 4
+    assert grown["gme_batch_padding_ratio_count"] == grown["gme_model_seconds_count"] == grown["gme_batch_inputs_count"]
+    assert grown["gme_model_seconds_sum"] > 0
     assert grown["http_requests_total handler=/embed/text method=POST status=200"] == 1
     assert grown["http_requests_total handler=/embed/text method=POST status=400"] == 1
     assert grown["http_requests_total handler=/embed/image method=POST status=200"] == 2
     assert after["gme_queue_inputs"] == 0
+
+
+def test_latency_by_route_is_counted_up_to_minutes(client: httpx.Client) -> None:
+    embed_texts(client, "timed")
+    assert any("handler=/embed/text le=256.0" in name for name in metrics(client) if "duration_seconds_bucket" in name)
+
+
+MALFORMED = {
+    "no content type": ({"content": b'{"texts": ["a"]}'}, "with the header `Content-Type: application/json`."),
+    "a list": ({"json": ["a"]}, "body: send a JSON object"),
+    "broken JSON": (
+        {"content": b'{"texts": [', "headers": {"Content-Type": "application/json"}},
+        "it is not JSON, from",
+    ),
+    "a wrong name": ({"json": {"texts": ["a"], "promt": "b"}}, "body.promt: Extra inputs are not permitted."),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_body_is_a_sentence_that_says_what_to_send(client: httpx.Client, name: str) -> None:
+    request, words = MALFORMED[name]
+    response = client.post("/embed/text", **request)
+    assert response.status_code == 422
+    assert words in response.json()["detail"]
+
+
+def test_an_image_that_is_no_file_is_a_sentence_that_says_how_to_send_one(client: httpx.Client) -> None:
+    response = client.post("/embed/image", json={"file": "a.png"})
+    assert response.status_code == 422
+    assert "body.file: send the image as a file in a multipart form" in response.json()["detail"]
 
 
 def test_metrics_have_no_label_that_a_client_can_choose(client: httpx.Client) -> None:

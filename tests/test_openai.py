@@ -213,6 +213,28 @@ def test_a_malformed_request_is_422(client: httpx.Client, body: dict[str, object
     assert refused(client, 422, **body).startswith("body.")
 
 
+@pytest.mark.parametrize("item", [None, {"image": {"url": DATA_URI}}, {"text": "a", "image_url": DATA_URI}])
+def test_an_item_of_another_shape_is_a_sentence_on_what_to_send(client: httpx.Client, item: object) -> None:
+    sentence = "body.input: send a text, or a list of texts or of objects with `text`, `image` or both."
+    assert refused(client, 422, input=["a", item]) == sentence
+
+
+def test_null_is_the_same_as_absent(client: httpx.Client) -> None:
+    nulls = dict.fromkeys(["model", "encoding_format", "dimensions", "user", "prompt"])
+    item = {"text": None, "image": DATA_URI}
+    np.testing.assert_array_equal(
+        vectors(create(client, [item], **nulls)), vectors(create(client, [{"image": BASE64}]))
+    )
+
+
+def test_base64_may_have_line_breaks(client: httpx.Client) -> None:
+    broken = base64.encodebytes(RED).decode()
+    assert "\n" in broken
+    np.testing.assert_array_equal(
+        vectors(create(client, [{"image": broken}])), vectors(create(client, [{"image": BASE64}]))
+    )
+
+
 def test_no_such_route_is_an_error_in_openais_shape(server: Server) -> None:
     response = httpx.get(f"{server.url}/v1/nothing")
     assert response.status_code == 404

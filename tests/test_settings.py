@@ -113,7 +113,7 @@ def test_a_value_that_does_not_parse_is_refused_by_name(
 
 def test_a_value_that_does_not_parse_stops_the_start_with_a_sentence_for_each() -> None:
     end = start(GME_MAX_LENGTH="long", GME_DTYPE="int8")
-    assert end.returncode not in (0, None)
+    assert end.returncode == 3  # with another code uvicorn starts its workers again and again
     sentences = end.stderr.splitlines()
     assert len(sentences) == 2
     assert all(line.startswith(("GME_MAX_LENGTH='long' cannot", "GME_DTYPE='int8' cannot")) for line in sentences)

@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT, TOY, Server, golden
 from hub import Hub, serve_hub
 
+import gme_service as gme
+
 SHARDS = sorted(path.name for path in TOY.glob("*.safetensors"))
 LOAD = "import gme_service"  # what uvicorn does before it opens the port
 CLOSED_PORT = "http://127.0.0.1:9"
@@ -228,6 +230,14 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(
     assert process.wait(60) == 0
     assert re.search(r"\rDownloading: 100%\|", shown)
     assert contents(checkpoint) == contents(TOY)
+
+
+def test_a_log_gets_a_line_for_every_half_gigabyte(caplog: pytest.LogCaptureFixture) -> None:
+    progress = gme.DownloadLog("model-00001-of-00002.safetensors", 1_000_000_000)
+    with caplog.at_level("INFO"):
+        for _ in range(1000):
+            progress.update(1_000_000)
+    assert caplog.messages == [f"model-00001-of-00002.safetensors: {part} of 1.0 GB" for part in ("0.5", "1.0")]
 
 
 def test_two_workers_download_once_and_both_serve(

@@ -494,7 +494,7 @@ def metrics(client: httpx.Client) -> dict[str, float]:
 def test_metrics_count_what_was_answered(client: httpx.Client) -> None:
     before = metrics(client)
     embed_texts(client, "counted once", "counted twice")
-    embed_image(client, PHOTO)
+    embed_image(client, PHOTO, prompt="Not in the cache.")
     embed_image(client, PHOTO, text="counted")
     client.post("/embed/text", json={"texts": []})
     after = metrics(client)

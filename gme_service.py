@@ -19,13 +19,14 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
 import signal
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ import transformers
 from fastapi import Depends, FastAPI, Form, HTTPException, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, RedirectResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
@@ -49,12 +51,14 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from safetensors import SafetensorError, safe_open
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Encoding, Tokenizer
 from torch.nn import functional
 from transformers import DynamicCache, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # torch reads it with its first tensor. Large pages halve the time of a start and take a tenth off a large image's.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -853,11 +857,23 @@ INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 STATIC_PATH = "/docs/static"
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
-MAX_OPEN_BODIES = 32  # bodies of the largest size that may be in memory at a time
+MAX_OPEN_BODIES = 32  # of the largest size that may be in memory at a time, with the answers that wait to be read
+BODY_SECONDS = 300  # that a body may take to come
+BUSY = {"Retry-After": "1", "Connection": "close"}
+LARGE_ANSWER = 1 << 16  # bytes; a smaller one is in the hands of the system at once
+MAX_HEAD = 1 << 16  # bytes of a request's first line and headers
+# As much of a JSON body as has at most so many strings, and signs outside strings, in one pass over it.
+JSON_START = rb'(?:[^"\s]|\s++|"(?:[^"\\]++|\\.)*+"?){0,%d}+'
 WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
+NO_FILE = "body.file: send the image as a file in a multipart form (with curl: -F file=@photo.jpg)."
+TOO_MANY_VALUES = (
+    "The body has too many values: send fewer inputs in one request, and texts instead of token ids (in LangChain,"
+    " check_embedding_ctx_length=False)."
+)
 STATUSES = {
     400: "An input that cannot be embedded.",
     401: "The API key is missing or wrong.",
+    408: "The body did not come in time.",
     413: "The body, the number of inputs or an image is too large.",
     422: "The request is malformed.",
     500: "A fault of the service.",
@@ -978,30 +994,95 @@ def error_response(request: Request, status: int, message: str, headers: Mapping
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 
+def limit_heads(protocol: type[HttpToolsProtocol]) -> None:
+    """Make uvicorn refuse endless headers, as it does under h11 alone: 100 MB of `X: a` would take 2 GB."""
+    data_received = protocol.data_received
+
+    def counted(self: Any, data: bytes) -> None:
+        self.unused = getattr(self, "unused", 0) + len(data)
+        data_received(self, data)
+        if self.unused > MAX_HEAD:
+            self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
+
+    def used(method: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(self: Any, *arguments: Any) -> None:
+            self.unused = 0  # bytes since a part of the body came, or the end of the request
+            method(self, *arguments)
+
+        return wrapped
+
+    hooks = {"on_body": used(protocol.on_body), "on_message_complete": used(protocol.on_message_complete)}
+    for name, hook in {"data_received": counted, **hooks}.items():
+        setattr(protocol, name, hook)
+
+
+class BoundedRequest(Request):
+    """A request of which no parser makes seconds of work or gigabytes of objects. Raises `RefusedError`."""
+
+    async def json(self) -> Any:
+        body, start = await self.body(), self.app.state.json_start
+        if start.match(body).end() < len(body):  # 31 MB of `[],` would hold the event loop for 3 s, of keys for 26
+            raise RefusedError(413, TOO_MANY_VALUES)
+        return await super().json()
+
+    async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
+        if not self.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise RefusedError(422, NO_FILE)
+        return await super().form(**limits)
+
+
+class BoundedRoute(APIRoute):
+    """A route that gets a `BoundedRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handler(BoundedRequest(request.scope, request.receive))
+
+        return bounded
+
+
 class Guard:
     """ASGI middleware in front of all routes: the API key, before anything is read, and the limits of bodies."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
         self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
-        self.open_bytes = 0  # of the bodies of all requests under way
+        self.open_bytes = 0  # of the bodies of all requests under way, and of the answers that wait to be read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received = 0
+        held, whole = 0, False  # bytes of the body and the answer, and whether all of the body has come
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += (size := len(message.get("body", b"")))
+            nonlocal held, whole
+            try:
+                async with asyncio.timeout_at(None if whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                sentence = f"The body did not come within {BODY_SECONDS} s: send less in one request."
+                raise RefusedError(408, sentence, {"Connection": "close"}) from None
+            whole = not message.get("more_body", False)
+            held += (size := len(message.get("body", b"")))
             self.open_bytes += size
-            if received > self.max_body:
+            if held > self.max_body:
                 raise RefusedError(413, self.too_large, {"Connection": "close"})
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
-                raise RefusedError(503, "Too much is being sent: try again in a moment.", {"Retry-After": "1"})
+                raise RefusedError(503, "Too much is being sent: try again in a moment.", BUSY)
             return message
+
+        async def send_counted(message: Message) -> None:
+            nonlocal held
+            if (size := len(message.get("body", b""))) > LARGE_ANSWER:
+                held += size
+                self.open_bytes += size
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body"}  # for which uvicorn waits until the client has read the rest
+            await send(message)
 
         request, app = Request(scope), self.app
         if not self.admits(request):
@@ -1009,9 +1090,9 @@ class Guard:
         elif int(request.headers.get("content-length", 0)) > self.max_body:
             app = error_response(request, 413, self.too_large, {"Connection": "close"})
         try:
-            await app(scope, receive_counted, send)
+            await app(scope, receive_counted, send_counted)
         finally:
-            self.open_bytes -= received
+            self.open_bytes -= held
 
     def admits(self, request: Request) -> bool:
         if self.key is None or request.scope["path"] in OPEN_PATHS or request.scope["path"].startswith(STATIC_PATH):
@@ -1075,7 +1156,7 @@ def explain(fault: dict[str, Any]) -> str:
         case {"type": "json_invalid", "loc": (_, position)}:
             return f"body: it is not JSON, from character {position} on."
         case {"loc": ("body", "file")}:
-            return "body.file: send the image as a file in a multipart form (with curl: -F file=@photo.jpg)."
+            return NO_FILE
         case {"loc": ("body", "input", _, *_), "type": kind} if kind != "too_long":
             return "body.input: send a text, or a list of texts or of objects with `text`, `image` or both."
         case {"type": "model_attributes_type"}:
@@ -1102,6 +1183,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False, description="Needed when GME_API_KEY is set."))],
     )
     app.state.batcher = batcher
+    app.state.json_start = re.compile(JSON_START % (20 * settings.max_inputs + 100_000), re.DOTALL)
+    app.router.route_class = BoundedRoute
     app.add_middleware(Guard, settings=settings)
 
     @app.exception_handler(StarletteHTTPException)
@@ -1217,6 +1300,7 @@ def build() -> FastAPI:
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(died.is_set())))
+    limit_heads(HttpToolsProtocol)
     settings = Settings.load()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)

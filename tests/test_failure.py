@@ -49,6 +49,7 @@ def faulty(self, embeddings, *rest):
 
 
 gme_service.Model._decode = faulty
+gme_service.BODY_SECONDS = int(os.environ.get("BODY_SECONDS", gme_service.BODY_SECONDS))
 app = gme_service.app
 '''
 
@@ -425,6 +426,59 @@ def test_many_slow_bodies_keep_nobody_waiting(faulty: Faulty) -> None:
 
         slow[0].sendall(request("slow")[-3:])
         assert read_answer(slow[0]).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_bodies_and_unread_answers_have_a_limit_together_and_slow_bodies_an_end(
+    start_faulty: Callable[..., Faulty],
+) -> None:
+    server = start_faulty(GME_MAX_BODY_MB="0.1", BODY_SECONDS="5")
+    large = request("a" * 100_000)
+
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(server)) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(large[:-10])
+        refused = await_status(server, 503)
+        assert refused.headers["Retry-After"] == "1"
+        assert refused.json()["detail"] == "Too much is being sent: try again in a moment."
+        answers = [read_answer(connection) for connection in slow]
+    assert {answer[:12] for answer in answers} == {b"HTTP/1.1 408", b"HTTP/1.1 503"}
+    assert all(b"connection: close" in answer.lower() for answer in answers if b"408" in answer[:12])
+    await_status(server, 200)
+
+    with connect(server, receive_buffer=1024) as one, connect(server, receive_buffer=1024) as other:
+        for leaving in (one, other):
+            leaving.sendall(request(*["the same"] * 2048))  # computed once, answered with 3 MB
+        await_status(server, 503)
+    assert await_status(server, 200).json()
+
+
+def await_status(server: Faulty, status: int) -> httpx.Response:
+    """Wait until a request of 100 kB gets it."""
+    deadline = time.monotonic() + PATIENCE
+    while (answer := server.post("a" * 100_000)).status_code != status:
+        assert time.monotonic() < deadline, f"{answer.status_code} and not {status}"
+    return answer
+
+
+HEAD = b"POST /embed/text HTTP/1.1\r\nHost: gme\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"GET /", HEAD, HEAD + b"X: ", HEAD + b"\r\n1\r\n{\r\n0\r\n", HEAD + b"\r\n1\r\n{\r\n0\r\nX: "],
+    ids=["line", "headers", "header", "trailers", "trailer"],
+)
+def test_endless_headers_are_refused(faulty: Faulty, start: bytes) -> None:
+    endless = connect(faulty)
+    piece = b"X: a\r\n" if start.endswith(b"\r\n") else b"aaaaaa"
+
+    endless.sendall(start)
+    faulty.metric("up")  # an answer, so that the start has arrived too
+
+    with contextlib.suppress(ConnectionError):  # when the connection ends before all has been sent
+        endless.sendall(piece * (2**16 // 6 + 1))
+        assert read_answer(endless).startswith(b"HTTP/1.1 400 Bad Request")
 
 
 def test_a_storm_of_clients_that_come_and_go_is_answered(faulty: Faulty, clients: ThreadPoolExecutor) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,15 +333,21 @@ def test_a_replica_that_is_scaled_down_finishes_what_it_has_and_a_dead_model_thr
     def post(text: str) -> httpx.Response:
         return httpx.post(f"{service.url}/embed/text", json={"texts": [text]}, timeout=PATIENCE)
 
-    with ThreadPoolExecutor(12) as clients:
+    with ThreadPoolExecutor(100) as clients:
         with control.held():
-            waiting = [clients.submit(post, f"text {number}") for number in range(8)]
-            wait_until(lambda: busy(service) == 2, "both replicas have something to do")
-            waiting += [clients.submit(deploy, **faulty, num_replicas=1)]
+            waiting = list[Future[httpx.Response]]()
+
+            def both_have_something_to_do() -> bool:
+                # Serve gives a request to the replica with the least to do: sooner or later to the one with nothing
+                waiting.append(clients.submit(post, f"text {len(waiting)}"))
+                return busy(service) == 2
+
+            wait_until(both_have_something_to_do, "both replicas have something to do")
+            deployed = clients.submit(deploy, **faulty, num_replicas=1)
             wait_until(lambda: "STOPPING" in states(), "a replica is about to end")
             assert len(replicas(cluster)) == 2
-        *answers, _ = [future.result(PATIENCE) for future in waiting]
-        assert [answer.status_code for answer in answers] == [200] * 8
+        assert {future.result(PATIENCE).status_code for future in waiting} == {200}
+        deployed.result(PATIENCE)
         wait_until(lambda: len(replicas(cluster)) == 1, "one replica is left")
 
         (dying,) = replicas(cluster)

@@ -1026,7 +1026,7 @@ class BoundedRequest(Request):
         return await super().json()
 
     async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
-        if not self.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not self.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise RefusedError(422, NO_FILE)
         return await super().form(**limits)
 

@@ -7,8 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -66,22 +64,3 @@ def test_help_needs_no_model(tmp_path: Path) -> None:
     assert "--port" in end.stdout
     assert end.stderr == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sigterm_under_load_answers_what_is_under_way_and_exits_0(start: Callable[..., Server]) -> None:
-    server = start(GME_CACHE_MB="0")
-
-    def embed(number: int) -> httpx.Response:
-        texts = [f"request {number}, text {text}: " + "word " * 60 for text in range(8)]
-        return httpx.post(f"{server.url}/embed/text", json={"texts": texts}, timeout=120)
-
-    with ThreadPoolExecutor(6) as clients, server.client() as watch:
-        answers = [clients.submit(embed, number) for number in range(6)]
-        while watch.get("/health").json()["queue_depth"] < 40:
-            assert not all(answer.done() for answer in answers), "the load was too light to show anything"
-        server.process.send_signal(signal.SIGTERM)
-        for answer in answers:
-            assert answer.result().status_code == 200
-            assert len(answer.result().json()["embeddings"]) == 8
-    assert server.process.wait(30) == 0
-    assert not is_open(int(server.url.rpartition(":")[2]))

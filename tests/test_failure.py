@@ -431,7 +431,7 @@ def test_many_slow_bodies_keep_nobody_waiting(faulty: Faulty) -> None:
 def test_bodies_and_unread_answers_have_a_limit_together_and_slow_bodies_an_end(
     start_faulty: Callable[..., Faulty],
 ) -> None:
-    server = start_faulty(GME_MAX_BODY_MB="0.1", BODY_SECONDS="5")
+    server = start_faulty(GME_MAX_BODY_MB="0.1", BODY_SECONDS="3")
     large = request("a" * 100_000)
 
     with contextlib.ExitStack() as stack:

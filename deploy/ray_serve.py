@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import BackpressureConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = min(4, os.cpu_count() or 1)  # of a replica: they run the model, or decode the images for a GPU that does
@@ -32,6 +33,9 @@ def build() -> FastAPI:
 @serve.deployment(
     # Enough that a GPU has its next batches waiting, of single images too: one batch takes about 60 of them.
     max_ongoing_requests=256,
+    # More wait in the proxy, whose memory they fill. Past this, 503 with Retry-After, as from the service itself.
+    max_queued_requests=1024,
+    backpressure_config=BackpressureConfig(retry_after_s=1),
     # A replica with 32 requests at a time is busy without a pause; with more of them for 30 s, another one is started.
     autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 32},
     health_check_period_s=2,
@@ -49,7 +53,7 @@ class GME:
 
 
 def has_gpus() -> bool:
-    """Whether the replicas run on GPUs: those of the cluster, or of this machine where it is yet to be started."""
+    """Whether the replicas run on GPUs: those of the cluster, or with `serve run` of the machine where it is called."""
     device = os.environ.get("GME_DEVICE") or "auto"
     if device != "auto":
         return device.startswith("cuda")

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import functools
 import gc
 import hashlib
 import heapq
@@ -25,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -50,6 +52,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from python_multipart.multipart import parse_options_header
 from safetensors import SafetensorError, safe_open
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -208,7 +211,8 @@ MAX_FAX_ROWS = 20_000  # of a TIFF; the decoder takes 10 us and writes a line in
 COMPRESSION, TILE_WIDTH, TILE_LENGTH = 259, 322, 323  # TIFF tags
 FAX = (2, 3, 4, 32771)  # values of COMPRESSION
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
-Image.MAX_IMAGE_PIXELS = None  # `read_image` has the limit: Pillow's own warns at one size and raises at another
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which Pillow gives at half of what it refuses
+MAX_READS = 100_000  # of an image file; Pillow takes minutes for one of a million parts
 
 
 class InputError(ValueError):
@@ -217,6 +221,18 @@ class InputError(ValueError):
 
 class ImageTooLargeError(InputError):
     """An image of more pixels than `GME_MAX_IMAGE_PIXELS`."""
+
+
+class ImageFile(io.BytesIO):
+    """The bytes of an image file. Raises `ValueError` when they are read in too many pieces."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError("The file has too many parts.")
+        return super().read(size)
 
 
 @dataclass(slots=True, frozen=True)
@@ -280,15 +296,13 @@ def first_resize(width: int, height: int) -> tuple[int, int]:
 
 def read_image(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, upright and in RGB, after the first resize. Raises `InputError` or `ImageTooLargeError`."""
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # past twice as much Pillow raises, for a frame in the file too
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with Image.open(ImageFile(data), formats=IMAGE_FORMATS) as image:
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)  # a tile may be larger than its image
             if max(image.width * image.height, tile) > max_pixels:
-                raise ImageTooLargeError(
-                    f"The image has {image.width} x {image.height} pixels, and at most {max_pixels} are accepted:"
-                    " scale it down before sending it (the model sees about a million of them)."
-                )
+                raise Image.DecompressionBombError
             # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
             scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
             fax_rows = image.height if tags.get(COMPRESSION) in FAX else 0
@@ -298,8 +312,11 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
                 turn = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
                 rgb = rgb if turn is None else rgb.transpose(turn)
                 return rgb.resize(first_resize(*rgb.size), Image.Resampling.BICUBIC)
-    except ImageTooLargeError:
-        raise
+    except Image.DecompressionBombError:
+        raise ImageTooLargeError(
+            f"The image has more than the {max_pixels} pixels that are accepted: scale it down before sending it (the"
+            " model sees about a million of them)."
+        ) from None
     except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
         log.debug("An image could not be decoded.", exc_info=True)
     formats = ", ".join(IMAGE_FORMATS)
@@ -322,26 +339,32 @@ class Preparer:
         # A token of the byte-level vocabulary stands for no more characters than the longest one has bytes: what lies
         # past this many characters is truncated anyway, and is cut before it costs time in the tokenizer.
         self._max_chars = max_length * max(map(len, self._tokenizer.get_vocab()))
+        # No text changes how an instruction before it is tokenized, but for what follows its last special token.
+        self._head_end = len(self._encode([HEAD[HEAD.rindex("<|") :]])[0].ids)
+        self._encode_head = functools.lru_cache(64)(self._encode_head_anew)
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | InputError]:
         """For each source its `Input`, or the error that says why there is none."""
         heads = [HEAD.format(source.instruction[: self._max_chars]) for source in sources]
+        prefixes = [self._encode_head(head) for head in heads]
         prompts = [
-            f"{head}{'' if source.image is None else IMAGE}{source.text}{TAIL}"
-            for head, source in zip(heads, sources, strict=True)
+            "" if self._fills(prefix) else f"{head}{'' if source.image is None else IMAGE}{source.text}{TAIL}"
+            for source, head, prefix in zip(sources, heads, prefixes, strict=True)
         ]
-        distinct = list(set(heads))
-        prefixes = {
-            head: tuple(encoding.ids[: self._max_length])
-            for head, encoding in zip(distinct, self._encode(distinct), strict=True)
-        }
         prepared: list[Input | InputError] = []
-        for source, head, encoding in zip(sources, heads, self._encode(prompts), strict=True):
+        for source, head, prefix, encoding in zip(sources, heads, prefixes, self._encode(prompts), strict=True):
             try:
-                prepared.append(self._prepare(source, head, prefixes[head], encoding))
+                prepared.append(self._prepare(source, head, prefix, encoding))
             except InputError as error:
                 prepared.append(error)
         return prepared
+
+    def _encode_head_anew(self, head: str) -> tuple[int, ...]:
+        return tuple(self._encode([head])[0].ids[: self._max_length + self._head_end])
+
+    def _fills(self, prefix: tuple[int, ...]) -> bool:
+        """Whether the instruction alone is all that the model reads: then nothing else is tokenized."""
+        return len(prefix) == self._max_length + self._head_end
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
         # half a surrogate pair, which JSON can carry, is no character: it becomes a question mark
@@ -349,7 +372,8 @@ class Preparer:
         return self._tokenizer.encode_batch(whole)  # which releases the interpreter lock; encode does not
 
     def _prepare(self, source: Source, head: str, prefix: tuple[int, ...], encoding: Encoding) -> Input:
-        ids = encoding.ids
+        ids = list(prefix) if self._fills(prefix) else encoding.ids
+        prefix = prefix[: self._max_length]
         image = {}
         if source.image is not None:
             features = self._processor(read_image(source.image, self._max_image_pixels), return_tensors="np")
@@ -858,10 +882,12 @@ TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 STATIC_PATH = "/docs/static"
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
 MAX_OPEN_BODIES = 32  # of the largest size that may be in memory at a time, with the answers that wait to be read
-BODY_SECONDS = 300  # that a body may take to come
 BUSY = {"Retry-After": "1", "Connection": "close"}
 LARGE_ANSWER = 1 << 16  # bytes; a smaller one is in the hands of the system at once
-MAX_HEAD = 1 << 16  # bytes of a request's first line and headers
+MAX_HEAD = 1 << 14  # bytes of a request's first line and headers
+MAX_PIPELINE = 64  # requests that a connection may send ahead of their answers
+STALL_SECONDS = 60  # for which a client may send and read nothing when it should
+MAX_STALLS = 5  # times as long may a request take to come, or an answer to be read
 # As much of a JSON body as has at most so many strings, and signs outside strings, in one pass over it.
 JSON_START = rb'(?:[^"\s]|\s++|"(?:[^"\\]++|\\.)*+"?){0,%d}+'
 WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
@@ -873,7 +899,6 @@ TOO_MANY_VALUES = (
 STATUSES = {
     400: "An input that cannot be embedded.",
     401: "The API key is missing or wrong.",
-    408: "The body did not come in time.",
     413: "The body, the number of inputs or an image is too large.",
     422: "The request is malformed.",
     500: "A fault of the service.",
@@ -994,26 +1019,56 @@ def error_response(request: Request, status: int, message: str, headers: Mapping
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 
-def limit_heads(protocol: type[HttpToolsProtocol]) -> None:
-    """Make uvicorn refuse endless headers, as it does under h11 alone: 100 MB of `X: a` would take 2 GB."""
-    data_received = protocol.data_received
+class Connection(HttpToolsProtocol):
+    """uvicorn's own connection, with limits on what a client can make it keep.
 
-    def counted(self: Any, data: bytes) -> None:
-        self.unused = getattr(self, "unused", 0) + len(data)
-        data_received(self, data)
-        if self.unused > MAX_HEAD:
-            self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
+    uvicorn limits headers under h11 alone: here 100 MB of `X: a` would take 2 GB. It limits neither how long a request
+    may take to come, nor an answer to be read, nor how many requests come ahead of their answers.
+    """
 
-    def used(method: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(self: Any, *arguments: Any) -> None:
-            self.unused = 0  # bytes since a part of the body came, or the end of the request
-            method(self, *arguments)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.received, self.unused = 0, 0  # bytes; since a part of a body came, or the end of a request
+        self.stalls, self.seen, self.watched = 0, (0, 0), self.cycle
+        self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
 
-        return wrapped
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.watch.cancel()
+        super().connection_lost(exc)
 
-    hooks = {"on_body": used(protocol.on_body), "on_message_complete": used(protocol.on_message_complete)}
-    for name, hook in {"data_received": counted, **hooks}.items():
-        setattr(protocol, name, hook)
+    def end_stalled(self) -> None:
+        unread, cycle = self.transport.get_write_buffer_size(), self.cycle
+        awaited = cycle is None or cycle.more_body or (cycle.response_complete and self.unused > 0)
+        if unread or (awaited and not self.pipeline):
+            self.stalls = self.stalls + 1 if cycle is self.watched else 0
+            if self.seen == (self.received, unread) or self.stalls >= MAX_STALLS:
+                self.transport.abort()
+                return
+        self.seen, self.watched = (self.received, unread), cycle
+        self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), MAX_HEAD):
+            part = data[start : start + MAX_HEAD]
+            self.received += len(part)
+            self.unused += len(part)
+            super().data_received(part)
+            if self.transport.is_closing():
+                return
+            if self.unused > MAX_HEAD:
+                self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
+                return
+            if len(self.pipeline) > MAX_PIPELINE:
+                self.transport.abort()
+                return
+
+    def on_body(self, body: bytes) -> None:
+        self.unused = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.unused = 0
+        super().on_message_complete()
 
 
 class BoundedRequest(Request):
@@ -1021,13 +1076,18 @@ class BoundedRequest(Request):
 
     async def json(self) -> Any:
         body, start = await self.body(), self.app.state.json_start
+        if b"\0" in body:  # UTF-16, which is JSON for Python, and in which no quotation mark ends where it seems to
+            raise RefusedError(422, "body: it is not JSON in UTF-8.")
         if start.match(body).end() < len(body):  # 31 MB of `[],` would hold the event loop for 3 s, of keys for 26
             raise RefusedError(413, TOO_MANY_VALUES)
         return await super().json()
 
     async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
-        if not self.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        kind, options = parse_options_header(self.headers.get("content-type"))
+        if kind != b"multipart/form-data":
             raise RefusedError(422, NO_FILE)
+        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # the codec idna takes minutes for a megabyte
+            raise RefusedError(422, "body: the charset of the form has to be UTF-8.")
         return await super().form(**limits)
 
 
@@ -1055,18 +1115,11 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held, whole = 0, False  # bytes of the body and the answer, and whether all of the body has come
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        held = 0  # bytes of the body and of the answer
 
         async def receive_counted() -> Message:
-            nonlocal held, whole
-            try:
-                async with asyncio.timeout_at(None if whole else deadline):
-                    message = await receive()
-            except TimeoutError:
-                sentence = f"The body did not come within {BODY_SECONDS} s: send less in one request."
-                raise RefusedError(408, sentence, {"Connection": "close"}) from None
-            whole = not message.get("more_body", False)
+            nonlocal held
+            message = await receive()
             held += (size := len(message.get("body", b"")))
             self.open_bytes += size
             if held > self.max_body:
@@ -1077,7 +1130,7 @@ class Guard:
 
         async def send_counted(message: Message) -> None:
             nonlocal held
-            if (size := len(message.get("body", b""))) > LARGE_ANSWER:
+            if (size := len(message.get("body", b""))) > LARGE_ANSWER and not message.get("more_body"):
                 held += size
                 self.open_bytes += size
                 await send({**message, "more_body": True})
@@ -1098,7 +1151,9 @@ class Guard:
         if self.key is None or request.scope["path"] in OPEN_PATHS or request.scope["path"].startswith(STATIC_PATH):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
+        return scheme.lower() == "bearer" and secrets.compare_digest(
+            key.strip(" ").encode("latin-1"), self.key.encode()
+        )
 
 
 def fault(error: BaseException, which: str = "") -> RefusedError:
@@ -1140,12 +1195,13 @@ def read_item(item: str | Item | int | list[Any], index: int, instruction: str) 
         if item.text:
             return Source(item.text, None, instruction)
         sentence = "the object has neither text nor image: give it at least one."
-    elif item.image.lower().startswith(("http:", "https:")):
+    elif item.image[:6].lower().startswith(("http:", "https:")):
         sentence = "an image URL is never fetched: send the image itself, as a data URI or base64."
     else:
         with contextlib.suppress(ValueError):
             data = item.image.partition(";base64,")[2] if item.image.startswith("data:") else item.image
-            return Source(item.text or "", base64.b64decode("".join(data.split()), validate=True), instruction)
+            image = base64.b64decode(data.encode("ascii").translate(None, b" \t\r\n"), validate=True)
+            return Source(item.text or "", image, instruction)
         sentence = "the image is neither base64 nor a data URI of base64."
     raise RefusedError(400, f"Input {index}: {sentence}")
 
@@ -1300,7 +1356,8 @@ def build() -> FastAPI:
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(died.is_set())))
-    limit_heads(HttpToolsProtocol)
+    # uvicorn has chosen the class of its connections by now, but makes each of them anew
+    HttpToolsProtocol.__new__ = lambda *_, **__: object.__new__(Connection)  # type: ignore[assignment]
     settings = Settings.load()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import shutil
 import struct
 import zlib
@@ -212,6 +213,20 @@ def test_a_text_too_long_to_matter_is_cut_where_no_token_changes(piece: str, aro
     preparer = make_preparer(max_length=64)
     text = (piece * (64 * LONGEST))[: 64 * LONGEST + around]
     assert prepared(gme.Source(text), preparer).token_ids.tolist() == ids(prompt(text))[:64]
+
+
+@pytest.mark.parametrize("text", ["", "a", " lead", "\n\n lead", "\u0301", "<|im_end|>", "word " * 20])
+@pytest.mark.parametrize("words", [*range(40, 60), 63, 64, 65, 1000])
+def test_an_instruction_that_takes_all_tokens_is_cut_as_the_whole_prompt_is(words: int, text: str) -> None:
+    preparer = make_preparer(max_length=64)
+    instruction = "a " * words
+    alone = prepared(gme.Source(text, None, instruction), preparer)
+    assert alone.token_ids.tolist() == ids(prompt(text, instruction))[:64]
+    assert list(alone.prefix[: alone.shared]) == alone.token_ids[: alone.shared].tolist()
+
+
+def test_an_image_behind_an_instruction_that_takes_all_tokens_is_refused() -> None:
+    assert "does not fit behind the prompt" in str(refused(gme.Source("", PHOTO, "a " * 5000)))
 
 
 @pytest.mark.parametrize("text", ["a" * 30_000_000, "word " * 6_000_000, "\u0301" * 15_000_000])
@@ -463,9 +478,10 @@ def test_eps_never_reaches_ghostscript(ghostscript: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- pixel limit
 
 
-def gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
+def gif(screen: tuple[int, int], frame: tuple[int, int], disposal: int = 0) -> bytes:
     return (
         b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes(6)
+        + b"!\xf9\x04" + bytes([disposal << 2, 0, 0, 0, 0])
         + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
     )  # fmt: skip
 
@@ -505,19 +521,32 @@ def tiff(width: int, height: int, tile: int) -> bytes:
         png_header(2**31 - 1, 2**31 - 1),
         gif((50_000, 50_000), (1, 1)),
         gif((1, 1), (50_000, 50_000)),  # a frame larger than its screen
+        gif((1, 1), (50_000, 50_000), disposal=2),  # for which Pillow makes an image before it is asked to
         bmp(50_000, 50_000),
         bmp(50_000, -50_000),
         jpeg(50_000, 50_000),
         tiff(50_000, 50_000, 64),
         tiff(64, 48, 40_000),
     ],
-    ids=["png", "largest png", "gif screen", "gif frame", "bmp", "bmp top down", "jpeg", "tiff", "tiff tile"],
+    ids=[
+        "png",
+        "largest png",
+        "gif screen",
+        "gif frame",
+        "gif disposal",
+        "bmp",
+        "bmp top down",
+        "jpeg",
+        "tiff",
+        "tiff tile",
+    ],
 )
 def test_too_many_pixels_are_refused_from_the_header(data: bytes) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     error = refused(gme.Source("", data))  # none of these has the pixels, so that decoding would fail otherwise
     assert isinstance(error, gme.ImageTooLargeError)
-    assert "at most 100000000 are accepted" in str(error)
-    assert "scale it down" in str(error)
+    assert "more than the 100000000 pixels that are accepted: scale it down" in str(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # kB
 
 
 def test_the_pixel_limit_is_inclusive() -> None:
@@ -538,6 +567,21 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_and_one_of_some_is_not() -> Non
     prepared(gme.Source("", progressive(0)))
     prepared(gme.Source("", progressive(20)))
     refused(gme.Source("", progressive(5000)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "part"),
+    [
+        ("JPEG", 2, b"\xff\xe1\x00\x0cExif\0\0abcd"),
+        ("JPEG", 2, b"\xff\xe3\x00\x02"),
+        ("PNG", 33, struct.pack(">I4sI", 0, b"abCd", zlib.crc32(b"abCd"))),
+    ],
+    ids=["exif", "application", "chunk"],
+)
+def test_a_file_of_a_million_parts_is_refused_and_one_of_hundreds_is_not(kind: str, at: int, part: bytes) -> None:
+    data = save(picture(), kind)
+    prepared(gme.Source("", data[:at] + 500 * part + data[at:]))
+    refused(gme.Source("", data[:at] + 1_000_000 * part + data[at:]))  # Pillow would take minutes
 
 
 @pytest.mark.parametrize("compression", ["tiff_ccitt", "group3", "group4"])

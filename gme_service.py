@@ -1037,6 +1037,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def end_stalled(self) -> None:
+        """End the connection if the client has stalled, or takes too long; look again later if not."""
         unread, cycle = self.transport.get_write_buffer_size(), self.cycle
         awaited = cycle is None or cycle.more_body or (cycle.response_complete and self.unused > 0)
         if unread or (awaited and not self.pipeline):

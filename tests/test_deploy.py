@@ -90,6 +90,7 @@ def test_the_template_is_the_unit_with_a_gpu_and_a_port_for_each_instance() -> N
     ]
     assert [line for line in others if line not in lines and not line.startswith("#")] == [
         "Description=GME Service on GPU %i: multimodal embeddings over HTTP",
+        "Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID",
         "Environment=CUDA_VISIBLE_DEVICES=%i",
         "ExecStartPre=-+/bin/sh -c 'test ! -x /usr/bin/nvidia-modprobe || exec /usr/bin/nvidia-modprobe -c %i -u'",
         f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 800%i",

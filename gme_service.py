@@ -47,7 +47,7 @@ from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image
 from PIL.ExifTags import Base
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,7 +61,7 @@ from tokenizers import Encoding, Tokenizer
 from torch.nn import functional
 from transformers import DynamicCache, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # torch reads it with its first tensor. Large pages halve the time of a start and take a tenth off a large image's.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -212,7 +212,10 @@ COMPRESSION, TILE_WIDTH, TILE_LENGTH = 259, 322, 323  # TIFF tags
 FAX = (2, 3, 4, 32771)  # values of COMPRESSION
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which Pillow gives at half of what it refuses
-MAX_READS = 100_000  # of an image file; Pillow takes minutes for one of a million parts
+PARSE_SECONDS = 1  # of the processor's time, until an image file is open; Pillow takes minutes for a million parts
+DECODED_PIXELS = 10_000_000  # a second, at the least
+MAX_TAG = 400_000  # bytes of a TIFF or EXIF tag; for each of its values Pillow makes objects of some 260
+LARGE_TAGS = (700, 34675)  # XMP and colour profile, which stay bytes
 
 
 class InputError(ValueError):
@@ -224,15 +227,28 @@ class ImageTooLargeError(InputError):
 
 
 class ImageFile(io.BytesIO):
-    """The bytes of an image file. Raises `ValueError` when they are read in too many pieces."""
+    """The bytes of an image file. Raises `ValueError` when the thread that reads them has taken too long."""
 
-    reads = 0
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.end = time.thread_time() + PARSE_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise ValueError("The file has too many parts.")
+        if time.thread_time() > self.end:
+            raise ValueError("The file takes too long to read.")
         return super().read(size)
+
+
+def bounded_tag(
+    self: ImageFileDirectory_v2, tag: int, read: Callable[..., Any] = ImageFileDirectory_v2.__getitem__
+) -> Any:
+    """A tag's value, in place of Pillow's method, which makes gigabytes of a large one while a file is opened."""
+    if len(self._tagdata.get(tag, b"")) > MAX_TAG and (tag not in LARGE_TAGS or self.tagtype[tag] not in (1, 7)):
+        raise ValueError(f"The tag {tag} is too large.")
+    return read(self, tag)
+
+
+ImageFileDirectory_v2.__getitem__ = bounded_tag  # type: ignore[method-assign]
 
 
 @dataclass(slots=True, frozen=True)
@@ -298,7 +314,8 @@ def read_image(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, upright and in RGB, after the first resize. Raises `InputError` or `ImageTooLargeError`."""
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # past twice as much Pillow raises, for a frame in the file too
     try:
-        with Image.open(ImageFile(data), formats=IMAGE_FORMATS) as image:
+        with Image.open(file := ImageFile(data), formats=IMAGE_FORMATS) as image:
+            file.end += image.width * image.height / DECODED_PIXELS
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)  # a tile may be larger than its image
             if max(image.width * image.height, tile) > max_pixels:
@@ -341,7 +358,7 @@ class Preparer:
         self._max_chars = max_length * max(map(len, self._tokenizer.get_vocab()))
         # No text changes how an instruction before it is tokenized, but for what follows its last special token.
         self._head_end = len(self._encode([HEAD[HEAD.rindex("<|") :]])[0].ids)
-        self._encode_head = functools.lru_cache(64)(self._encode_head_anew)
+        self._encode_head = functools.lru_cache(16)(self._encode_head_anew)
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | InputError]:
         """For each source its `Input`, or the error that says why there is none."""
@@ -890,6 +907,7 @@ STALL_SECONDS = 60  # for which a client may send and read nothing when it shoul
 MAX_STALLS = 5  # times as long may a request take to come, or an answer to be read
 # As much of a JSON body as has at most so many strings, and signs outside strings, in one pass over it.
 JSON_START = rb'(?:[^"\s]|\s++|"(?:[^"\\]++|\\.)*+"?){0,%d}+'
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")  # of forms; the codec idna takes minutes for a megabyte
 WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
 NO_FILE = "body.file: send the image as a file in a multipart form (with curl: -F file=@photo.jpg)."
 TOO_MANY_VALUES = (
@@ -1029,23 +1047,31 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.received, self.unused = 0, 0  # bytes; since a part of a body came, or the end of a request
-        self.stalls, self.seen, self.watched = 0, (0, 0), self.cycle
+        self.running: RequestResponseCycle | None = None
+        self.stalls, self.seen, self.watched = 0, (0, 0), (self.cycle, False)
         self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.watch.cancel()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which tells the last request that has come, and not the one that is answered
+        if self.running is not None and not self.running.response_complete:
+            self.running.disconnected = True
+            self.running.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def end_stalled(self) -> None:
         """End the connection if the client has stalled, or takes too long; look again later if not."""
         unread, cycle = self.transport.get_write_buffer_size(), self.cycle
         awaited = cycle is None or cycle.more_body or (cycle.response_complete and self.unused > 0)
         if unread or (awaited and not self.pipeline):
-            self.stalls = self.stalls + 1 if cycle is self.watched else 0
+            self.stalls = self.stalls + 1 if self.watched == (cycle, unread > 0) else 0
             if self.seen == (self.received, unread) or self.stalls >= MAX_STALLS:
                 self.transport.abort()
                 return
-        self.seen, self.watched = (self.received, unread), cycle
+        self.seen, self.watched = (self.received, unread), (cycle, unread > 0)
         self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
 
     def data_received(self, data: bytes) -> None:
@@ -1054,7 +1080,7 @@ class Connection(HttpToolsProtocol):
             self.received += len(part)
             self.unused += len(part)
             super().data_received(part)
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self.transport.get_protocol() is not self:
                 return
             if self.unused > MAX_HEAD:
                 self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
@@ -1087,7 +1113,7 @@ class BoundedRequest(Request):
         kind, options = parse_options_header(self.headers.get("content-type"))
         if kind != b"multipart/form-data":
             raise RefusedError(422, NO_FILE)
-        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # the codec idna takes minutes for a megabyte
+        if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
             raise RefusedError(422, "body: the charset of the form has to be UTF-8.")
         return await super().form(**limits)
 

@@ -353,6 +353,20 @@ def test_the_work_of_a_client_that_left_never_reaches_the_model(faulty: Faulty, 
     assert faulty.metric('gme_inputs_total{kind="text"}') - answered == 2
 
 
+def test_a_client_that_leaves_after_another_request_leaves_no_work(faulty: Faulty, clients: ThreadPoolExecutor) -> None:
+    batches = faulty.metric("gme_batch_inputs_count")
+
+    with faulty.held():
+        plug = clients.submit(faulty.post, "plug")
+        faulty.await_batches(batches + 1)
+        with connect(faulty) as leaving:
+            leaving.sendall(request("left 0", "left 1").replace(b"Connection: close\r\n", b"") + request("next"))
+            faulty.await_depth(3)
+        faulty.await_depth(1)
+
+    assert plug.result(PATIENCE).status_code == 200
+
+
 def test_a_client_that_leaves_while_its_input_is_computed_harms_nobody(
     faulty: Faulty, clients: ThreadPoolExecutor
 ) -> None:

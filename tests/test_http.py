@@ -207,6 +207,15 @@ def test_half_a_surrogate_pair_is_a_vector_or_a_clear_refusal(client: httpx.Clie
         assert "surrogate" in detail(response, 422)
 
 
+@pytest.mark.parametrize("charset", ["UTF-8", "ISO-8859-1"])
+def test_a_form_may_say_its_charset(client: httpx.Client, charset: str) -> None:
+    headers = {"content-type": f"{MULTIPART['content-type']}; charset={charset}"}
+    assert vectors(client.post("/embed/image", content=PART + PHOTO + b"\r\n--limit--\r\n", headers=headers)).shape == (
+        1,
+        128,
+    )
+
+
 @pytest.mark.parametrize("charset", ["utf-7", "unicode_escape", "undefined", "utf-16", "punycode", "idna"])
 def test_a_form_in_a_strange_charset_is_422(client: httpx.Client, charset: str) -> None:
     text = b'\r\n--limit\r\ncontent-disposition: form-data; name="text"\r\n\r\n\\ud800 +2AA-\r\n--limit--\r\n'

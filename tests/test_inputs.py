@@ -584,6 +584,50 @@ def test_a_file_of_a_million_parts_is_refused_and_one_of_hundreds_is_not(kind: s
     refused(gme.Source("", data[:at] + 1_000_000 * part + data[at:]))  # Pillow would take minutes
 
 
+def test_a_jpeg_of_thousands_of_pieces_of_exif_is_refused() -> None:
+    data = save(picture(), "JPEG")
+    piece = b"\xff\xe1" + struct.pack(">H", 1302) + b"Exif\0\0" + bytes(1294)
+    refused(gme.Source("", data[:2] + 24_000 * piece + data[2:]))  # Pillow would take a minute
+
+
+def tagged(tag: int, kind: int, values: int, size: int) -> bytes:
+    """A TIFF of 2 x 2 pixels whose `tag` has so many values of `size` bytes each."""
+    tags = {
+        256: (3, 1, 2),
+        257: (3, 1, 2),
+        258: (3, 1, 8),
+        259: (3, 1, 1),
+        262: (3, 1, 1),
+        273: (4, 1, 8),
+        278: (3, 1, 1),
+    }
+    tags[tag] = (kind, values, 8)
+    directory = struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", number, *tags[number]) for number in sorted(tags)
+    )
+    return b"II*\0" + struct.pack("<I", 8 + values * size) + bytes(values * size) + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "size"),
+    [(273, 1, 1), (273, 4, 4), (282, 5, 8), (700, 5, 8)],
+    ids=["bytes", "longs", "ratio", "xmp"],
+)
+def test_a_tag_of_millions_of_values_is_refused_before_pillow_makes_gigabytes_of_it(
+    tag: int, kind: int, size: int
+) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(gme.Source("", tagged(tag, kind, 30_000_000 // size, size)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000  # kB
+
+
+def test_a_bmp_of_a_hundred_thousand_runs_is_none_too_many() -> None:
+    pixels = b"".join(b"\x01\x00\x01\x01" * 160 + b"\0\0" for _ in range(320)) + b"\0\1"
+    palette = bytes(4) + b"\xff\xff\xff\0"
+    head = struct.pack("<IIIIiiHHIIiiII", 62 + len(pixels), 0, 62, 40, 320, 320, 1, 8, 1, len(pixels), 0, 0, 2, 0)
+    prepared(gme.Source("", b"BM" + head + palette + pixels))
+
+
 @pytest.mark.parametrize("compression", ["tiff_ccitt", "group3", "group4"])
 def test_a_fax_of_too_many_rows_is_refused_and_a_long_one_is_not(compression: str) -> None:
     fax = picture().convert("1")

@@ -1273,7 +1273,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     @app.exception_handler(StarletteHTTPException)
     async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
         if error.status_code == 400 and not isinstance(error, RefusedError):
-            sentence = f"body: it cannot be read ({error.detail.rstrip('.')}): send JSON in UTF-8, or a form with one file."
+            reason = error.detail.rstrip(".")
+            sentence = f"body: it cannot be read ({reason}): send JSON in UTF-8, or a form with one file."
             return error_response(request, 422, sentence)
         return error_response(request, error.status_code, error.detail, error.headers)
 

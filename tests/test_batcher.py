@@ -228,7 +228,7 @@ POLICY = {  # the most tokens of a batch; what comes while the model is busy; th
     "concurrent requests share a batch": (1000, ["a", "b", "c"], ["a b c"]),
     "a batch may be as full as the limit": (100, ["a b c d e f g h i j k"], ["a b c d e f g h i j", "k"]),
     "a longer input than a batch goes alone": (100, ["a:150", "b:150", "c:90", "d"], ["a", "b", "c", "d"]),
-    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a c b"]),
+    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a b c"]),
     "and no more than a fifth": (1000, ["a:100", "b:39", "c:100"], ["a c", "b"]),
     "the oldest goes first among equals": (10, ["a", "b", "c"], ["a", "b", "c"]),
     "the shortest of a request goes first": (30, ["c:28 a:16 b:18"], ["a", "b", "c"]),
@@ -248,7 +248,7 @@ async def test_the_policy(make: Make, name: str) -> None:
         [text(one, int(length or 10)) for one, _, length in (item.partition(":") for item in request.split())]
         for request in requests
     ]
-    assert await rig.batches_of(*sources) == [names.split() for names in batches]
+    assert [sorted(names) for names in await rig.batches_of(*sources)] == [names.split() for names in batches]
 
 
 async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:

@@ -1,253 +1,184 @@
-"""Measure the service against the plain way, in one run: `python tests/benchmark.py [CHECKPOINT] [--out FILE]`.
+"""Measure this checkout, or this one beside another: `python tests/benchmark.py [--against DIR] [--out FILE]`.
 
-Without a checkpoint it makes one of the published shape (8.8 GB, random weights) in the temporary directory. The plain
-way is the model as its authors' code calls it: batches of 32 in arrival order, right-padded, the whole prompt each
-time, float32 and torch's default settings. Each row is a workload with its time, its ratio to the plain way, and the
-share of the floor: the floating-point operations that cannot be avoided, at the matrix-product rate of this machine.
-Takes about half an hour on two cores. Run it on a machine that does nothing else.
+The model is one of the published shape with random weights (8.8 GB, made in the temporary directory unless CHECKPOINT is
+given), and its texts have numbers of tokens as they are in practice. HTTP is measured with the toy checkpoint. Each
+side runs in processes and with an interpreter of its own; they take turns (A, B, A, B ...) and each keeps its best, so
+that a machine whose speed drifts is the same for both. Run it on a machine that does nothing else: on two cores it takes
+a quarter of an hour, and twice as long with another checkout beside this one.
 """
 
 import argparse
 import asyncio
-import base64
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-TESTS = Path(__file__).parent
-TOY = {"GME_MODEL_DIR": str(TESTS / "models"), "GME_MODEL_ID": "toy/shapes"}
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "purple",
-    "orange",
-    "black",
-    "white",
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "cross",
-    "ring",
-    "picture",
-    "of",
-    "a",
-    "the",
-]
-PATCH_PARAMETERS = 32 * 12 * 1280**2  # matrix weights that every 14-pixel patch meets in the vision tower
-TOKEN_PARAMETERS = 1.31e9  # and every token in the decoder
+TESTS = Path(__file__).resolve().parent
+TOY = TESTS / "models" / "toy" / "shapes"
+WORDS = (
+    "red green blue yellow purple orange black white circle square triangle star cross ring picture of a the".split()
+)
+JPEGS = ("448x448", "800x600", "1920x1080")
+TEXTS = ("1 short query", "32 short queries", "16 mixed texts", "64 mixed texts")
+MIXTURE = "12 mixed texts, 2 images with a long text each"
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+UNITS = {"model": "s", "product": "ms", "prepare": "ms", "bytes": "kB"}  # by kind of measurement
+SECONDS = 1  # a turn of a side is one call, or as many as fit into this
+Row = tuple[str, list[float]]  # what with its unit, and a number for each side
 
 
-def real(directory: Path) -> dict[str, str]:
-    """The settings that serve a checkpoint."""
-    return {"GME_MODEL_DIR": str(directory.parent.parent), "GME_MODEL_ID": "/".join(directory.absolute().parts[-2:])}
-
-
-def text(generator: np.random.Generator, words: int) -> str:
-    return " ".join(generator.choice(WORDS, words))
-
-
-def image(size: str, seed: int) -> bytes:
+def jpeg(size: str) -> bytes:
+    """A file of about the size that a photo's has."""
     width, height = map(int, size.split("x"))
-    coarse = np.random.default_rng(seed).integers(0, 255, (height // 50, width // 50, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height)).save(file, "PNG")
+    coarse, file = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), np.uint8), io.BytesIO()
+    Image.fromarray(coarse).resize((width, height)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def workloads() -> dict[str, list[dict[str, Any]]]:
-    """Inputs by name of the workload, as {"text"} or {"image"}."""
-    random = np.random.default_rng(0)
-    short = [{"text": text(random, 8)} for _ in range(32)]
-    mixed = [{"text": text(random, int(words))} for words in random.integers(4, 64, 64)]
-    small = [{"image": image("448x448", seed)} for seed in range(8)]
-    return {
-        "1 short query": short[:1],
-        "32 short queries": short,
-        "64 texts of 4 to 63 words": mixed,
-        "image 448x448": small[:1],
-        "8 images 448x448": small,
-        "image 800x600": [{"image": image("800x600", 8)}],
-        "image 2400x1600": [{"image": image("2400x1600", 9)}],
-        "mixed: 24 texts, 2 images": [*short[:16], *mixed[:8], *small[:2]],
-    }
+def workload(name: str, checkpoint: Path, max_tokens: int) -> list[list[tuple[str, bytes | None]]]:
+    """The batches of a workload, as the service would make them. How long a text is, the tokenizer says."""
+    from tokenizers import Tokenizer
+
+    tokenizer, random = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), np.random.default_rng(0)
+
+    def text(tokens: int) -> tuple[str, None]:
+        made = " ".join(random.choice(WORDS, tokens))
+        while len(tokenizer.encode(made).ids) > tokens:
+            made = made[:-1]
+        return made, None
+
+    if name in JPEGS:
+        return [[("", jpeg(name))]]
+    count = int(name.split()[0])
+    batches: list[list[int]] = []
+    for length in sorted(random.integers(8, 15, count) if "short" in name else np.linspace(5, 120, count))[::-1]:
+        # the first is the longest, to which the others are padded
+        if not batches or length < 0.8 * batches[-1][0] or (len(batches[-1]) + 1) * batches[-1][0] > max_tokens:
+            batches.append([])
+        batches[-1].append(int(length))
+    images = [[("", jpeg(JPEGS[0])), text(250)]] * 2 if name == MIXTURE else []  # which has 256 tokens
+    return [[text(length) for length in batch] for batch in batches] + images
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """The time of one call; the best of three where it is short."""
-    times: list[float] = []
-    while len(times) < 3 and sum(times) < 12:
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-# ------------------------------------------------------------------------------------ each in a process of its own
-
-
-def machine() -> dict[str, float]:
-    """GFLOP/s of matrix products of the decoder's shape, and GB/s of reading memory."""
+def work(checkpoint: Path, device: str, dtype: str) -> None:
+    """In a process of the side's own: answer each line of stdin, which says what to measure, with a number."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is not an answer
     import torch
-    from torch.nn import functional
 
-    def rate(dtype: torch.dtype) -> float:
-        x, weight = torch.randn(1024, 1536).to(dtype), torch.randn(8960, 1536).to(dtype)
-        times = [seconds(lambda: functional.linear(x, weight)) for _ in range(10)]
-        return 2 * x.shape[0] * weight.numel() / min(times) / 1e9
+    threads = torch.get_num_threads()
+    import gme_service as gme  # loads the toy, which may set the number of threads to one
 
-    block = torch.ones(2**28)
-    result = {"float32, torch's default": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}
-    torch.set_float32_matmul_precision("medium")
-    result["float32"] = rate(torch.float32)
-    result["memory GB/s"] = 4 * block.numel() / seconds(block.sum) / 1e9
-    return result
+    torch.set_num_threads(threads)
+    prepare, model = gme.Preparer(checkpoint, 1800, 10**8), None
+    max_tokens = 16384 if device == "cuda" else min(256 * threads, 8192)
 
+    def best(run: Callable[[], object]) -> float:
+        times: list[float] = []
+        while sum(times) < SECONDS:
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+        return min(times)
 
-def plain(directory: Path) -> dict[str, float]:
-    """The plain way."""
-    os.environ.update(TOY)  # importing the service loads a model: the small one; only its preparing of inputs is used
-    import torch
-    from torch.nn import functional
-    from transformers import Qwen2VLModel
-
-    import gme_service as gme
-
-    torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = Qwen2VLModel.from_pretrained(directory, dtype=torch.float32).eval()
-    decoder, prepare = model.language_model, gme.Preparer(directory, 1800, 10**8)
-
-    @torch.inference_mode()
-    def embed(inputs: list[gme.Input]) -> torch.Tensor:
-        lengths = torch.tensor([len(one.token_ids) for one in inputs])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids = torch.zeros(mask.shape, dtype=torch.long)
-        ids[mask] = torch.from_numpy(np.concatenate([one.token_ids for one in inputs]))
-        embeddings = decoder.embed_tokens(ids)
-        for row, one in enumerate(inputs):
-            if one.pixel_values is not None:
-                grid = torch.tensor([one.image_grid_thw])
-                features = model.visual(torch.from_numpy(one.pixel_values), grid_thw=grid).pooler_output
-                embeddings[row, one.image_start : one.image_start + len(features)] = features
-        hidden = decoder(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return functional.normalize(hidden[torch.arange(len(inputs)), lengths - 1], dim=-1)
-
-    def run(items: list[dict[str, Any]]) -> None:
-        sources = [gme.Source(**item) for item in items]
-        for kind in ([one for one in sources if one.image is None], [one for one in sources if one.image is not None]):
-            for start in range(0, len(kind), 32):  # the authors' code takes texts and images in calls of their own
-                embed(prepare(kind[start : start + 32]))
-
-    run(workloads()["1 short query"])
-    return {name: seconds(lambda items=items: run(items)) for name, items in workloads().items()}
+    for line in sys.stdin:
+        kind, _, name = line.strip().partition(" ")
+        if kind == "product":
+            rows, columns, width = map(int, name.split("x"))
+            a, b = (torch.randn(size, width).to(device, getattr(torch, dtype)) for size in (rows, columns))
+            answer = 1000 * best(lambda a=a, b=b: (a @ b.T)[0, 0].item())
+        elif kind in ("prepare", "bytes"):
+            sources = [gme.Source("", jpeg(name))]
+            (one,) = prepare(sources)
+            arrays = (getattr(one, field.name) for field in dataclasses.fields(one))
+            size = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+            answer = size / 1000 if kind == "bytes" else 1000 * best(lambda sources=sources: prepare(sources))
+        else:
+            inputs = [prepare([gme.Source(*one) for one in batch]) for batch in workload(name, checkpoint, max_tokens)]
+            if model is None:
+                model = gme.Model(checkpoint, torch.device(device), getattr(torch, dtype))
+                model.embed(inputs[0])
+            answer = best(lambda inputs=inputs: [model.embed(batch) for batch in inputs])
+        print(answer, file=answers)
 
 
-def ours(directory: Path, dtype: str, linear: bool) -> dict[str, float]:
-    """The service's rooms without HTTP, from the client's inputs to vectors; and GFLOP that cannot be avoided."""
-    os.environ.update(real(directory) | {"GME_CACHE_MB": "0", "GME_DTYPE": dtype})
-    import gme_service as gme
+@dataclasses.dataclass
+class Side:
+    """A checkout, and the interpreter that has its requirements."""
 
-    batcher, prepare = gme.app.state.batcher, gme.Preparer(directory, 1800, 10**8)
+    directory: Path
+    python: str
+    device: str
 
-    def run(items: list[dict[str, Any]]) -> None:
-        batcher.submit([gme.Source(**item) for item in items]).result()
+    def run(self, command: list[str], checkpoint: Path, dtype: str, **options: int) -> subprocess.Popen[str]:
+        """A process in which `gme_service` is this side's, and serves the checkpoint."""
+        print(f"{self.directory}: {' '.join(command)}", file=sys.stderr, flush=True)
+        model = {"GME_MODEL_DIR": str(checkpoint.parent.parent), "GME_MODEL_ID": "/".join(checkpoint.parts[-2:])}
+        settings = {"GME_DEVICE": self.device, "GME_DTYPE": dtype, "GME_CACHE_MB": "0"}
+        environment = os.environ | model | settings | {"PYTHONPATH": str(self.directory)}
+        return subprocess.Popen([self.python, *command], cwd=self.directory, env=environment, text=True, **options)
 
-    times = {name: seconds(lambda items=items: run(items)) for name, items in workloads().items()}
-    for name, items in workloads().items():
-        inputs = prepare([gme.Source(**item) for item in items])
-        patches = sum(0 if one.pixel_values is None else len(one.pixel_values) for one in inputs)
-        tokens = sum(one.cost for one in inputs)
-        times[f"GFLOP: {name}"] = 2 * (tokens * TOKEN_PARAMETERS + patches * PATCH_PARAMETERS) / 1e9
-    if linear:
-        random = np.random.default_rng(1)
-        for count in (64, 512, 4096):
-            items = [{"text": text(random, 8)} for _ in range(count)]
-            times[f"linear: {count} short texts"] = seconds(lambda items=items: run(items))
-        bulk = [{"text": text(random, 8)} for _ in range(512)]
-        times["bulk: 512 short texts"] = seconds(lambda: run(bulk))
-        started, waits = time.perf_counter(), []
-        job = batcher.submit([gme.Source(**item) for item in bulk])
-        for left in (384, 256, 128):
-            while job.missing > left:
+    @contextlib.contextmanager
+    def worker(self, checkpoint: Path, dtype: str) -> Iterator[Callable[[str], float]]:
+        """What `work` answers to a line."""
+        command = [__file__, str(checkpoint), "--device", self.device, "--dtypes", dtype, "--work"]
+        with self.run(command, TOY, dtype, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+            def ask(line: str) -> float:
+                print(line, file=process.stdin, flush=True)
+                return float(process.stdout.readline() or sys.exit(f"{self.directory} cannot measure: {line}"))
+
+            yield ask
+            process.stdin.close()
+
+    @contextlib.contextmanager
+    def server(self, checkpoint: Path, dtype: str) -> Iterator[tuple[int, tuple[float, ...]]]:
+        """A port; the seconds until it was open, the most anonymous memory until then, and all memory after a text."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = ["-m", "uvicorn", "gme_service:app", "--port", str(port), "--log-level", "warning"]
+        started, most = time.perf_counter(), 0.0
+        with self.run(command, checkpoint, dtype) as process:
+
+            def mebibytes(field: str) -> float:
+                return int(Path(f"/proc/{process.pid}/status").read_text().partition(field)[2].split()[0]) / 1024
+
+            while process.poll() is None:  # the port opens when the model is loaded, and nothing else says so
+                most = max(most, mebibytes("RssAnon:"))
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
                 time.sleep(0.01)
-            sent = time.perf_counter()
-            run([{"text": text(random, 8)}])
-            waits.append(time.perf_counter() - sent)
-        job.result()
-        times["bulk: 512 short texts, three short queries meanwhile"] = time.perf_counter() - started
-        times["bulk: longest wait of those queries"] = max(waits)
-    batcher.close()
-    return times
+            seconds = time.perf_counter() - started
+            asyncio.run(exchange(port, [["first"]], 1))
+            yield port, (seconds, most, mebibytes("VmRSS:"))
+            process.terminate()
 
 
-# ----------------------------------------------------------------------------------------------------------- over HTTP
-
-
-@contextlib.contextmanager
-def served(environment: dict[str, str]) -> Iterator[tuple[int, dict[str, float]]]:
-    """A server's port, with the times of its start and its first request, and the start's highest anonymous memory."""
-    port = 8123
-    command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), "--no-access-log"]
-    started, anonymous = time.perf_counter(), 0
-    process = subprocess.Popen(command, cwd=TESTS.parent, env=os.environ | {"GME_CACHE_MB": "0"} | environment)
-    try:
-        while True:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            anonymous = max(anonymous, int(status.partition("RssAnon:")[2].split()[0]))
-            with contextlib.suppress(OSError):
-                first = asyncio.run(exchange(port, [request([{"text": "first"}])], 1))
-                break
-            time.sleep(0.05)  # the port opens when the model is loaded, and nothing else says so
-        start = time.perf_counter() - started - first
-        yield port, {"start s": start, "start RssAnon GiB": anonymous / 2**20, "first request s": first}
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def request(items: list[dict[str, Any]]) -> bytes:
-    """A whole HTTP request for a workload: texts, one image, or a mixture through OpenAI's route."""
-    if "image" in items[0] and len(items) == 1:
-        path, kind = "/embed/image", "multipart/form-data; boundary=b"
-        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="i.png"\r\n\r\n'
-        body = head + items[0]["image"] + b"\r\n--b--\r\n"
-    elif any("image" in item for item in items):
-        path, kind = "/v1/embeddings", "application/json"
-        inputs = [item if "text" in item else {"image": base64.b64encode(item["image"]).decode()} for item in items]
-        body = json.dumps({"input": inputs}).encode()
-    else:
-        path, kind = "/embed/text", "application/json"
-        body = json.dumps({"texts": [item["text"] for item in items]}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-async def exchange(port: int, requests: list[bytes], clients: int) -> float:
-    """Send the requests over that many connections, each waiting for its answer; the seconds it took."""
-    waiting = iter(requests)
+async def exchange(port: int, requests: list[list[str]], clients: int) -> float:
+    """Send requests of texts over that many connections, each waiting for its answer; the seconds it took."""
+    waiting = iter([json.dumps({"texts": texts}) for texts in requests])
+    head = "POST /embed/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**27)
-        for one in waiting:
-            writer.write(one)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            assert head.startswith(b"http/1.1 200"), head
-            await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n")[0]))
+        for body in waiting:
+            writer.write(f"{head}{len(body)}\r\n\r\n{body}".encode())
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            assert answer.startswith(b"http/1.1 200"), answer
+            await reader.readexactly(int(answer.partition(b"content-length:")[2].split(b"\r\n")[0]))
         writer.close()
 
     started = time.perf_counter()
@@ -255,99 +186,83 @@ async def exchange(port: int, requests: list[bytes], clients: int) -> float:
     return time.perf_counter() - started
 
 
-def model_seconds(port: int) -> float:
-    """What the server's model has been busy for since its start."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        return float(answer.read().decode().partition("gme_model_seconds_sum ")[2].split()[0])
+async def http(port: int) -> tuple[float, float, float]:
+    """Seconds of 2,000 texts from 32 clients, of as many in one request, and the longest wait of a lone query beside it."""
+    words, waits = np.random.default_rng(0).choice(WORDS, (2, 2000, 8)), [0.0]
+    texts, others = ([" ".join(row) for row in block] for block in words)
+    single = await exchange(port, [[text] for text in texts], 32)
+    bulk = asyncio.create_task(exchange(port, [others], 1))
+    while not bulk.done():
+        await asyncio.sleep(0.1)
+        waits.append(await exchange(port, [texts[:1]], 1))
+    return single, await bulk, max(waits)
 
 
-def over_http(environment: dict[str, str], count: int, names: list[str], bulk: int) -> dict[str, float]:
-    """Workloads as one request each, `count` requests of one text from 1, 8 and 32 clients, and one of `bulk` texts."""
-    random = np.random.default_rng(3)
-
-    def single() -> bytes:
-        return request([{"text": text(random, 8)}])
-
-    with served(environment) as (port, times):
-        times["second request s"] = asyncio.run(exchange(port, [single()], 1))
-        for name in names:
-            one = request(workloads()[name])
-            times[name] = seconds(lambda one=one: asyncio.run(exchange(port, [one], 1)))
-        for clients in (1, 8, 32):
-            requests = [single() for _ in range(max(8, count * clients // 32))]
-            times[f"{clients} clients, requests/s"] = len(requests) / asyncio.run(exchange(port, requests, clients))
-        if bulk:
-            one, before = request([{"text": text(random, 8)} for _ in range(bulk)]), model_seconds(port)
-            took = asyncio.run(exchange(port, [one], 1))
-            times[f"{bulk} texts in one request s"] = took
-            times[f"{bulk} texts, share outside the model"] = 1 - (model_seconds(port) - before) / took
-    return times
-
-
-# --------------------------------------------------------------------------------------------------------------- table
-
-
-def part(name: str, directory: Path, *flags: str) -> dict[str, float]:
-    """One of the measurements above in a process of its own, so that none shares memory or settings with another."""
-    print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, str(directory), "--part", name, *flags]
-    output = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(TESTS.parent)}
+def outside(sides: list[Side], checkpoint: Path, dtype: str, rounds: int) -> Iterator[Row]:
+    """What a service takes to start, from the page cache, and with the toy what HTTP does."""
+    files, name = list(checkpoint.glob("*.safetensors")), "toy" if checkpoint == TOY else dtype
+    taken: list[list[tuple[float, ...]]] = [[] for _ in sides]
+    for file in files:
+        subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
+    for side, numbers in [*zip(sides, taken, strict=True)] * rounds:
+        with side.server(checkpoint, dtype) as (port, start):
+            numbers.append(start + (asyncio.run(http(port)) if checkpoint == TOY else ()))
+    weights = sum(file.stat().st_size for file in files) / 4 * BYTES.get(dtype, 4) / 2**20
+    what = ("start, s", f"most anonymous memory (weights {weights:,.0f}), MiB", "memory after a text, MiB")
+    what += (
+        "2,000 texts from 32 clients, s",
+        "2,000 texts in one request, s",
+        "longest wait of a query beside them, s",
     )
-    return json.loads(output.stdout.splitlines()[-1])
+    for index in range(len(taken[0][0])):
+        yield f"{name}: {what[index]}", [min(one[index] for one in numbers) for numbers in taken]
 
 
-def table(result: dict[str, dict[str, float]]) -> Iterator[str]:
-    """The rows of a Markdown table: time, ratio to the plain way, share of the floor."""
-    rates = result["machine"]
-    yield ", ".join(f"{name}: {rate:.0f}" for name, rate in rates.items()) + " (GFLOP/s unless said)"
-    names = list(workloads())
-    ways = [name for name in result if name not in ("machine", "plain") and "toy" not in name]
-    yield f"\n| workload | plain | {' | '.join(ways)} |\n| --- | --- |{' --- |' * len(ways)}"
-    for workload in names:
-        plain_time, cells = result["plain"][workload], []
-        for way in ways:
-            dtype, _ = way.split()
-            if time_ := result[way].get(workload):
-                floor = result[f"{dtype} model"][f"GFLOP: {workload}"] / rates[dtype]
-                cells.append(f"{time_:.2f} s, {plain_time / time_:.1f} x, {floor / time_:.0%}")
-            else:
-                cells.append("")
-        yield f"| {workload} | {plain_time:.2f} s | {' | '.join(cells)} |"
-    yield ""
-    for way, numbers in result.items():
-        others = {name: value for name, value in numbers.items() if name not in names and "GFLOP" not in name}
-        if way != "machine":
-            yield from (f"- {way}: {name}: {value:.4g}" for name, value in others.items())
+def inside(sides: list[Side], checkpoint: Path, dtype: str, lines: list[str], rounds: int) -> Iterator[Row]:
+    """What workers answer. They load their models by turns, twice, where there is no memory for all."""
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 4 * BYTES[dtype]
+    available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    everyone, best = range(len(sides)), {line: [float("inf") for _ in sides] for line in lines}
+    together = sides[0].device == "cuda" or available > len(sides) * (weights + 1e9)
+    for group in [everyone] * 2 if together else [[index] for index in everyone] * 2:
+        with contextlib.ExitStack() as stack:
+            asks = [(index, stack.enter_context(sides[index].worker(checkpoint, dtype))) for index in group]
+            for line, (index, ask) in ((line, one) for line in lines for one in asks * (rounds // 2)):
+                best[line][index] = min(best[line][index], ask(line))
+    for line, numbers in best.items():
+        yield f"{dtype}: {line}, {UNITS[line.split()[0]]}", numbers
+
+
+def table(rows: Iterable[Row], names: list[str]) -> Iterator[str]:
+    yield f"| best of each | {' | '.join(names)} |{' how much less |' if len(names) == 2 else ''}"
+    yield "| --- |" + " --- |" * (2 * len(names) - 1)
+    for what, numbers in rows:
+        cells = [f"{number:,.0f}" if number >= 1000 else f"{number:#.3g}".rstrip(".") for number in numbers]
+        ratio = [f"{numbers[1] / numbers[0]:.2f} x"] if len(numbers) == 2 else []
+        yield f"| {what} | {' | '.join(cells + ratio)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="a directory; made when there is none")
-    parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="where the numbers go")
-    parser.add_argument("--linear", action="store_true", help="also up to 4,096 texts (15 minutes more)")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
+    default = Path(tempfile.gettempdir()) / "gme-random" / "published" / "shape"
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=default, help="a directory; made when there is none"
+    )
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--against-python", default=sys.executable, metavar="PYTHON", help="the interpreter for it")
+    parser.add_argument("--device", default="cpu", help="as GME_DEVICE")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="as GME_DTYPE")
+    parser.add_argument("--parts", default="prepare,toy,model,start", help="what to measure")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
+    parser.add_argument("--out", type=Path, help="where the table goes too")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    directory = arguments.checkpoint or Path(tempfile.gettempdir()) / "gme-random" / "published" / "shape"
-    if arguments.part:
-        way = arguments.part.split()[0]
-        measure = {"machine": machine, "plain": lambda: plain(directory)}
-        print(json.dumps(measure[way]() if way in measure else ours(directory, way, arguments.linear)))
-        return
-    if not (directory / "model.safetensors.index.json").exists():
-        subprocess.run([sys.executable, TESTS / "make_random.py", directory], check=True)
-    flags = ["--linear"] if arguments.linear else []
-    names = list(workloads())
-    result = {"machine": part("machine", directory)}
-    result["toy HTTP"] = over_http(TOY, 4000, [], 2048)
-    result["bfloat16 model"] = part("bfloat16 model", directory, *flags)
-    result["bfloat16 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "bfloat16"}, 64, names, 2048)
-    result["float32 model"] = part("float32 model", directory)
-    result["float32 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "float32"}, 64, names[:3], 0)
-    result["plain"] = part("plain", directory)
-    arguments.out.write_text(json.dumps(result, indent=1))
-    print("\n".join(table(result)))
-
-
-if __name__ == "__main__":
-    main()
+    checkpoint, rounds, dtypes = arguments.checkpoint.resolve(), arguments.rounds, arguments.dtypes.split(",")
+    if arguments.work:
+        return work(checkpoint, arguments.device, dtypes[0])
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        subprocess.run([sys.executable, TESTS / "make_random.py", checkpoint], check=True)
+    sides = [Side(TESTS.parent, sys.executable, arguments.device)]
+    if arguments.against:
+        sides.append(Side(arguments.against.resolve(), arguments.against_python, arguments.device))
+    ...

@@ -102,6 +102,6 @@ def make(out: Path, layers: int = 28, depth: int = 32) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the directory to write")
-    parser.add_argument("--layers", type=int, default=28, help="of the decoder, and at most as many of the vision tower")
+    parser.add_argument("--layers", type=int, default=28, help="of the decoder; 28 unless given")
     arguments = parser.parse_args()
     make(arguments.out, arguments.layers, 32 if arguments.layers == 28 else arguments.layers)

@@ -1,14 +1,18 @@
 """GME Service: multimodal embeddings of text and images over HTTP, from one module.
 
-What flows through it: a request's texts and images become token ids and pixel patches (Inputs), wait with those of
-all other requests (Batcher), pass through Qwen2-VL in batches (Model), and leave as L2-normalised float32 vectors
-(HTTP). The vectors are those of the model's authors' published code: README.md says where each rule comes from.
+What flows through it: a text, an image file and an instruction, as a client sent them (`Source`); token ids and pixel
+patches, as the model reads them (`Input`); and the embedding that goes back, an L2-normalised float32 vector. The
+embeddings are those of the model's authors: where a rule is theirs, the docstring says so.
+
+Seven rooms, each knowing only those above it: Settings, Checkpoint, Inputs, Model, Batcher, HTTP, app. What is
+protected against, and what is left to the proxy in front and to systemd, stands at the top of room 6.
 """
 
 import asyncio
 import base64
-import bisect
+import binascii
 import contextlib
+import difflib
 import functools
 import gc
 import hashlib
@@ -18,6 +22,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -28,44 +33,92 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
 import torch
-import transformers
-from fastapi import Depends, FastAPI, Form, HTTPException, Request, Response, UploadFile
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image
 from PIL.ExifTags import Base
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from python_multipart.multipart import parse_options_header
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import FormParser, parse_options_header
 from safetensors import SafetensorError, safe_open
-from starlette.datastructures import FormData
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
+from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, Qwen2VLModel
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-# torch reads it with its first tensor. Large pages halve the time of a start and take a tenth off a large image's.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+__version__ = "2.0.0"
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
+
+
+class StartError(Exception):
+    """The service cannot start; the message says what to do."""
+
+    exit_code = 78  # EX_CONFIG in sysexits.h: it would end in the same way when it is started again
+
+
+class HubError(StartError):
+    """The checkpoint cannot be had at the moment."""
+
+    exit_code = 1
+
+
+class ServiceError(Exception):
+    """Why a request has no embeddings. The message is for the client, who gets it with the HTTP status of its class."""
+
+    status = 500  # a fault of ours
+
+
+class InputError(ServiceError):
+    """An input cannot be embedded."""
+
+    status = 400
+
+
+class KeyRefusedError(ServiceError):
+    """The API key is missing or wrong."""
+
+    status = 401
+
+
+class TooLargeError(ServiceError):
+    """The body, the number of inputs or an image is too large."""
+
+    status = 413
+
+
+class MalformedError(ServiceError):
+    """The request has another shape than the route takes."""
+
+    status = 422
+
+
+class BusyError(ServiceError):
+    """Too much work waits, or the service is ending: try again."""
+
+    status = 503
+
+
+class DeviceError(ServiceError):
+    """The device cannot go on, and the process has to end."""
+
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
 
@@ -73,9 +126,9 @@ log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configur
 class Settings(BaseSettings):
     """The environment variables `GME_*`; README.md has the table."""
 
-    model_config = SettingsConfigDict(env_prefix="GME_", env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True)
 
-    model_dir: Path = Path("~/gme_models")
+    model_dir: Path = Field(Path("~/gme_models"), validate_default=True)
     model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
     model_revision: str | None = None
     device: str = "auto"
@@ -84,40 +137,63 @@ class Settings(BaseSettings):
     max_batch_tokens: int | None = Field(None, ge=1)
     max_inputs: int = Field(2048, ge=1, le=1 << 16)
     max_body_mb: float = Field(32, gt=0, allow_inf_nan=False)
-    max_image_pixels: int = Field(100_000_000, ge=1)
+    max_image_pixels: int = Field(64_000_000, ge=1)
+    max_image_tokens: int = Field(1280, ge=256, le=16384)
     max_queue: int = Field(16384, ge=1)
     cache_mb: float = Field(64, ge=0, allow_inf_nan=False)
     api_key: str | None = None
 
+    @field_validator("model_dir")
+    @classmethod
+    def expand_user(cls, directory: Path) -> Path:
+        try:
+            return directory.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{error} Set GME_MODEL_DIR to a directory that the service may write into") from None
+
     @classmethod
     def load(cls) -> "Settings":
-        """Read the environment. Raises `SystemExit` with a sentence for each variable that does not parse."""
+        """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
+        known = [f"GME_{name.upper()}" for name in cls.model_fields]
+        faults = []
+        for name in os.environ:
+            if name.startswith("GME_") and name not in known:
+                nearest = difflib.get_close_matches(name, known, 1) or known
+                faults.append(f"{name} is not a setting: did you mean {' or '.join(nearest)}?")
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
-            raise SystemExit(
-                "\n".join(
-                    f"GME_{str(fault['loc'][0]).upper()}={fault['input']!r} cannot be used: {fault['msg']}."
-                    for fault in error.errors()
-                )
-            ) from None
+            for fault in error.errors():
+                faults.append(f"GME_{str(fault['loc'][0]).upper()}={fault['input']!s} cannot be used: {fault['msg']}.")
+        if faults:
+            raise StartError("\n".join(faults))
+        if not settings.api_key and "GME_API_KEY" in os.environ:
+            log.warning("GME_API_KEY is empty: every client is served.")
+        return settings
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 
+SUMS = "SHA256SUMS"  # in the format of the command sha256sum
+
+
+def weight_files(directory: Path) -> set[Path]:
+    """The safetensors files of a checkpoint. Raises `OSError`, `ValueError` or `KeyError` where its index is broken."""
+    index = directory / "model.safetensors.index.json"
+    shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return {directory / shard for shard in shards}
+
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds a whole checkpoint: config, tokenizer, preprocessor config and every weight shard.
+    """Whether `directory` holds a whole checkpoint: config, tokenizer, preprocessor config and every weight file.
 
-    A shard's header records where its last tensor ends, so one that was cut short is found without reading it.
+    A weight file's header records where its last tensor ends: one that was cut short is found without reading it.
     """
-    index = directory / "model.safetensors.index.json"
     try:
         for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
             json.loads((directory / name).read_bytes())
-        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        for shard in shards:
-            with safe_open(directory / shard, framework="np"):
+        for path in weight_files(directory):
+            with safe_open(path, framework="np"):
                 pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
@@ -130,25 +206,25 @@ class DownloadLog:
     STEP = 500_000_000
 
     def __init__(self, name: str, size: int) -> None:
-        self._name, self._size, self._received = name, size, 0
+        self.name, self.size, self.received = name, size, 0
 
     def update(self, size: int) -> None:
-        before, self._received = self._received, self._received + size
-        if before // self.STEP < self._received // self.STEP:
-            log.info("%s: %.1f of %.1f GB", self._name, self._received / 1e9, self._size / 1e9)
+        before, self.received = self.received, self.received + size
+        if before // self.STEP < self.received // self.STEP:
+            log.info("%s: %.1f of %.1f GB", self.name, self.received / 1e9, self.size / 1e9)
 
-    def end(self) -> None:
-        pass
+    def end(self) -> None: ...
 
 
 def download(settings: Settings, directory: Path) -> None:
-    """Fetch from ModelScope what `directory` lacks. Part of a file that an earlier download left there is continued."""
-    # The client's own locks are in HOME, which a service may not write into; `find_checkpoint` holds one of ours.
+    """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums."""
+    # The client's own locks and settings are in HOME, which a service may lack; `find_checkpoint` holds our lock.
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
+    if os.path.expanduser("~") == "~":  # noqa: PTH111  # Path.home() raises instead
+        os.environ["HOME"] = str(settings.model_dir)
     from modelscope import snapshot_download  # 1.3 s to import, and needed once
 
-    # A log would get 90,000 lines of progress bars an hour: the client draws them on the stderr of the moment.
     terminal = sys.stderr.isatty()
     with contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO()):
         snapshot_download(
@@ -157,14 +233,23 @@ def download(settings: Settings, directory: Path) -> None:
             local_dir=str(directory),
             progress_callbacks=None if terminal else [DownloadLog],
         )
+    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in file_sums(directory)))
+
+
+def file_sums(directory: Path) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 sum of each file of a checkpoint."""
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != SUMS:
+            with path.open("rb") as file:
+                yield path.name, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_checkpoint(settings: Settings) -> Path:
     """The directory of the checkpoint, downloaded from ModelScope first when it is not complete on disk.
 
-    Raises `SystemExit` with one sentence when it can be had neither way.
+    Raises `HubError` with one sentence when it can be had neither way.
     """
-    directory = settings.model_dir.expanduser() / settings.model_id
+    directory = settings.model_dir / settings.model_id
     if is_complete(directory):
         return directory
     try:
@@ -178,7 +263,7 @@ def find_checkpoint(settings: Settings) -> Path:
     except Exception as error:  # the client raises many kinds, its HTTP library's among them
         # its messages go on for many lines, of which the second names the first file that failed
         reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
-    raise SystemExit(
+    raise HubError(
         f"No checkpoint of {settings.model_id}: {directory} is not complete, and downloading it from ModelScope"
         f" ({os.environ.get('MODELSCOPE_ENDPOINT', 'https://www.modelscope.cn')}) failed ({reason})."
         f" Start again to go on where the download ended, or put the model's files into that directory by hand, or set"
@@ -187,16 +272,43 @@ def find_checkpoint(settings: Settings) -> Path:
     )
 
 
+def verify(settings: Settings) -> str:
+    """Compare the checkpoint's files with the sums noted after the download, or else with the hub's.
+
+    Returns a sentence when all agree. Raises `StartError` with one that says which files to delete.
+    """
+    directory = settings.model_dir / settings.model_id
+    if (directory / SUMS).exists():
+        noted = [line.split("  ", 1) for line in (directory / SUMS).read_text().splitlines()]
+        actual = dict(file_sums(directory))
+        wrong = [name for digest, name in noted if actual.get(name) != digest]
+    else:
+        from modelscope_hub import HubApi
+
+        result = HubApi().verify_cache(
+            settings.model_id, "model", revision=settings.model_revision, local_dir=str(directory)
+        )
+        wrong = [mismatch.path for mismatch in result.mismatches] + list(result.missing_paths)
+    if wrong:
+        raise StartError(
+            f"Changed or missing in {directory}: {', '.join(wrong)}. Delete these files and {SUMS}, and start the service: it downloads them again."
+        )
+    return f"All files of {settings.model_id} in {directory} are as they were published."
+
+
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO as a kind of JPEG
-VISION_START = "<|vision_start|>"
-IMAGE = f"{VISION_START}<|image_pad|><|vision_end|>"
-HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
-TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-PATCH_FACTOR = 28  # a vision token covers 2 x 2 patches of 14 x 14 pixels
+# The prompt of the model's authors: the instruction part, an image's place, the text, and the end.
+INSTRUCTION_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+PATCH = 14  # pixels on a side
+TOKEN = 2 * PATCH  # pixels on a side of what one image token covers
+FIRST_TOKENS = (4, 16384)  # the least and the most of them after the first resize
+MIN_IMAGE_TOKENS = 256  # after the second resize
 MAX_SIDE_RATIO = 200
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
 UPRIGHT = {  # by EXIF orientation; ImageOps.exif_transpose would rewrite the EXIF too, and fail where it is odd
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -206,58 +318,25 @@ UPRIGHT = {  # by EXIF orientation; ImageOps.exif_transpose would rewrite the EX
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
-MAX_FAX_ROWS = 20_000  # of a TIFF; the decoder takes 10 us and writes a line into the log for each that is broken
-COMPRESSION, TILE_WIDTH, TILE_LENGTH = 259, 322, 323  # TIFF tags
-FAX = (2, 3, 4, 32771)  # values of COMPRESSION
-CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which Pillow gives at half of what it refuses
-PARSE_SECONDS = 1  # of the processor's time, until an image file is open; Pillow takes minutes for a million parts
+MAX_SCANS = 30  # of a progressive JPEG, each of which passes over the whole image; encoders write about ten
+MAX_EXIF = 1 << 16  # bytes; Pillow makes an object of 260 bytes for each value of a tag
+MAX_EXIF_SEGMENTS = 2  # of a JPEG, each of 64 kB at most; a photo has one
+JPEG_START, JPEG_SCAN, JPEG_EXIF = b"\xff\xd8", b"\xff\xda", b"Exif\0\0"
+AVIF_EXIF = re.compile(rb"(infe.{8})Exif", re.DOTALL)  # where an AVIF says that one of its items is EXIF
+OPEN_SECONDS = 1  # of the processor's time, until an image file is open; a file of a million parts takes minutes
 DECODED_PIXELS = 10_000_000  # a second, at the least
-MAX_TAG = 400_000  # bytes of a TIFF or EXIF tag; for each of its values Pillow makes objects of some 260
-LARGE_TAGS = (700, 34675)  # XMP and colour profile, which stay bytes
-
-
-class InputError(ValueError):
-    """What the client sent cannot be embedded; the message says what to change."""
-
-
-class ImageTooLargeError(InputError):
-    """An image of more pixels than `GME_MAX_IMAGE_PIXELS`."""
-
-
-class ImageFile(io.BytesIO):
-    """The bytes of an image file. Raises `ValueError` when the thread that reads them has taken too long."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.end = time.thread_time() + PARSE_SECONDS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self.end:
-            raise ValueError("The file takes too long to read.")
-        return super().read(size)
-
-
-def bounded_tag(
-    self: ImageFileDirectory_v2, tag: int, read: Callable[..., Any] = ImageFileDirectory_v2.__getitem__
-) -> Any:
-    """A tag's value, in place of Pillow's method, which makes gigabytes of a large one while a file is opened."""
-    if len(self._tagdata.get(tag, b"")) > MAX_TAG and (tag not in LARGE_TAGS or self.tagtype[tag] not in (1, 7)):
-        raise ValueError(f"The tag {tag} is too large.")
-    return read(self, tag)
-
-
-ImageFileDirectory_v2.__getitem__ = bounded_tag  # type: ignore[method-assign]
+CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
+TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
 
 @dataclass(slots=True, frozen=True)
 class Source:
-    """One input as a client sent it: a text, an image file's bytes, or both (fused into one vector)."""
+    """One input as a client sent it: a text, the bytes of an image file, or both (fused into one embedding)."""
 
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
+    name: str = ""  # what an error calls it; empty: its position in the request
 
     @property
     def weight(self) -> int:
@@ -270,166 +349,484 @@ class Input:
     """One input as the model reads it."""
 
     token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # token ids of the instruction: the head that inputs with the same instruction share
-    shared: int  # how many of this input's first token ids are those of `prefix`, less than its length
+    prefix: tuple[int, ...]  # token ids of the instruction part, the same for all inputs with that instruction
+    shared: int  # how many of the first token ids are those of `prefix`; less than length
     image_start: int = 0  # position of the first image token
-    image_grid_thw: tuple[int, int, int] | None = None  # (1, rows, columns) of 14-pixel patches
-    pixel_values: np.ndarray | None = None  # (rows * columns, 1176) float32
+    grid: tuple[int, int] = (0, 0)  # rows and columns of patches
+    patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels x 14 x 14, four of a token together
 
     @property
     def cost(self) -> int:
-        """Tokens that a forward has to compute for it."""
+        """Tokens that the model computes for it."""
         return len(self.token_ids) - self.shared
 
     def key(self) -> bytes:
-        """A digest of all that the vector depends on."""
+        """A digest of all that the embedding depends on."""
         digest = hashlib.blake2b(self.token_ids.tobytes(), digest_size=32)
-        if self.pixel_values is not None:
-            digest.update(repr((self.image_start, self.image_grid_thw)).encode())
-            digest.update(np.ascontiguousarray(self.pixel_values).data)
+        if self.patches is not None:
+            digest.update(repr((self.image_start, self.grid)).encode())
+            digest.update(self.patches.data)
         return digest.digest()
 
 
-def first_resize(width: int, height: int) -> tuple[int, int]:
-    """The size (width, height) to which the authors' `fetch_image` brings an image before the processor sees it.
+class ImageFile(io.BytesIO):
+    """The bytes of an image file. Raises `ValueError` when the thread that reads them has taken too long."""
 
-    Multiples of 28, [4 * 28^2, 16384 * 28^2] pixels, sides of at least 28, a side ratio of at most 200.
-    """
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.end = time.thread_time() + OPEN_SECONDS
 
-    def multiple(value: float, rounded: Callable[[float], int]) -> int:
-        return max(PATCH_FACTOR, rounded(value / PATCH_FACTOR) * PATCH_FACTOR)
-
-    min_pixels, max_pixels = 4 * PATCH_FACTOR**2, 16384 * PATCH_FACTOR**2
-    w, h = multiple(width, round), multiple(height, round)
-    if w * h > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        w, h = multiple(width / shrink, math.floor), multiple(height / shrink, math.floor)
-    elif w * h < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        w, h = multiple(width * grow, math.ceil), multiple(height * grow, math.ceil)
-    return min(w, MAX_SIDE_RATIO * h), min(h, MAX_SIDE_RATIO * w)
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self.end:
+            raise ValueError("The file takes too long to read.")
+        return super().read(size)
 
 
-def read_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame, upright and in RGB, after the first resize. Raises `InputError` or `ImageTooLargeError`."""
-    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # past twice as much Pillow raises, for a frame in the file too
-    try:
-        with Image.open(file := ImageFile(data), formats=IMAGE_FORMATS) as image:
-            file.end += image.width * image.height / DECODED_PIXELS
-            tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-            tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)  # a tile may be larger than its image
-            if max(image.width * image.height, tile) > max_pixels:
-                raise Image.DecompressionBombError
-            # every scan of a progressive JPEG passes over the whole image: 14 kB of them make 10 s of work
-            scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
-            fax_rows = image.height if tags.get(COMPRESSION) in FAX else 0
-            if scans <= MAX_SCANS and fax_rows <= MAX_FAX_ROWS:
-                rgb = image.convert("RGB")
-                # read after decoding, in which Pillow turns a TIFF by itself and drops its orientation
-                turn = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
-                rgb = rgb if turn is None else rgb.transpose(turn)
-                return rgb.resize(first_resize(*rgb.size), Image.Resampling.BICUBIC)
-    except Image.DecompressionBombError:
-        raise ImageTooLargeError(
-            f"The image has more than the {max_pixels} pixels that are accepted: scale it down before sending it (the"
-            " model sees about a million of them)."
-        ) from None
-    except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
-        log.debug("An image could not be decoded.", exc_info=True)
-    formats = ", ".join(IMAGE_FORMATS)
-    raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {formats}.")
+class PixelBudget:
+    """Bounds the pixels that all threads together decode at a time."""
+
+    def __init__(self, pixels: int) -> None:
+        self.free = pixels
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify_all()
+
+
+def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """The size (width, height), in multiples of 28 pixels, to bring an image to: `smart_resize` as published."""
+
+    def multiple(length: float, rounded: Callable[[float], int]) -> int:
+        return max(TOKEN, rounded(length / TOKEN) * TOKEN)
+
+    fitted = multiple(width, round), multiple(height, round)
+    tokens = fitted[0] * fitted[1] // TOKEN**2
+    if tokens > max_tokens:
+        shrink = math.sqrt(width * height / (max_tokens * TOKEN**2))
+        return multiple(width / shrink, math.floor), multiple(height / shrink, math.floor)
+    if tokens < min_tokens:
+        grow = math.sqrt(min_tokens * TOKEN**2 / (width * height))
+        return multiple(width * grow, math.ceil), multiple(height * grow, math.ceil)
+    return fitted
+
+
+def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
+    """The two resizes of the authors' code: their own `fetch_image`, then that of the published image processor."""
+    width, height = fitted_size(*image.size, *FIRST_TOKENS)
+    first = min(width, MAX_SIDE_RATIO * height), min(height, MAX_SIDE_RATIO * width)
+    second = fitted_size(*first, MIN_IMAGE_TOKENS, max_tokens)
+    return image.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The first frame in RGB, turned as its EXIF says."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    rgb.load()  # some formats have their EXIF behind the pixels
+    if len(image.info.get("exif", b"")) > MAX_EXIF:
+        raise ValueError("The EXIF data are too large.")
+    turn = UPRIGHT.get(int(image.getexif().get(Base.Orientation) or 1))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def to_patches(image: Image.Image) -> np.ndarray:
+    """(rows * columns, 588) uint8: the patches of an image, the 2 x 2 of each token one behind the other."""
+    pixels = np.asarray(image)
+    height, width, _ = pixels.shape
+    blocks = pixels.reshape(height // TOKEN, 2, PATCH, width // TOKEN, 2, PATCH, 3)
+    return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, 3 * PATCH * PATCH)
 
 
 class Preparer:
     """Turns what clients send into what the model reads. Thread-safe."""
 
-    def __init__(self, directory: Path, max_length: int, max_image_pixels: int) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # min_pixels and max_pixels, and not size: the checkpoint's own values would win over size
-        self._processor = Qwen2VLImageProcessorPil.from_pretrained(
-            directory, min_pixels=256 * PATCH_FACTOR**2, max_pixels=1280 * PATCH_FACTOR**2, local_files_only=True
-        )
-        self._max_length = max_length
-        self._max_image_pixels = max_image_pixels
-        # A token of the byte-level vocabulary stands for no more characters than the longest one has bytes: what lies
-        # past this many characters is truncated anyway, and is cut before it costs time in the tokenizer.
-        self._max_chars = max_length * max(map(len, self._tokenizer.get_vocab()))
-        # No text changes how an instruction before it is tokenized, but for what follows its last special token.
-        self._head_end = len(self._encode([HEAD[HEAD.rindex("<|") :]])[0].ids)
-        self._encode_head = functools.lru_cache(16)(self._encode_head_anew)
+    def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.max_length, self.max_image_tokens = max_length, max_image_tokens
+        # No token stands for more characters than the longest one has bytes: what lies past this many characters would
+        # be truncated, and is cut before it costs time in the tokenizer.
+        self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
+        self.max_pixels, self.decoding = max_image_pixels, PixelBudget(max_image_pixels)
+        self.prefix = functools.lru_cache(16)(self.encode_instruction)
+        Image.MAX_IMAGE_PIXELS = (max_image_pixels + 1) // 2  # past twice as many, Pillow refuses to open a file
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which it gives past half of those
 
-    def __call__(self, sources: Sequence[Source]) -> list[Input | InputError]:
+    def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
         """For each source its `Input`, or the error that says why there is none."""
-        heads = [HEAD.format(source.instruction[: self._max_chars]) for source in sources]
-        prefixes = [self._encode_head(head) for head in heads]
+        prefixes = [self.prefix(source.instruction) for source in sources]
         prompts = [
-            "" if self._fills(prefix) else f"{head}{'' if source.image is None else IMAGE}{source.text}{TAIL}"
-            for source, head, prefix in zip(sources, heads, prefixes, strict=True)
+            INSTRUCTION_PART.format(source.instruction) + (source.image is not None) * IMAGE_PLACE + source.text + END
+            for source in sources
         ]
-        prepared: list[Input | InputError] = []
-        for source, head, prefix, encoding in zip(sources, heads, prefixes, self._encode(prompts), strict=True):
+        # An instruction that is all that the model reads is not tokenized again for each text behind it.
+        prompts = ["" if self.is_full(prefix) else prompt for prefix, prompt in zip(prefixes, prompts, strict=True)]
+        prepared: list[Input | ServiceError] = []
+        for source, prefix, token_ids in zip(sources, prefixes, self.encode(prompts), strict=True):
             try:
-                prepared.append(self._prepare(source, head, prefix, encoding))
-            except InputError as error:
+                prepared.append(self.prepare(source, prefix, list(prefix) if self.is_full(prefix) else token_ids))
+            except ServiceError as error:
                 prepared.append(error)
         return prepared
 
-    def _encode_head_anew(self, head: str) -> tuple[int, ...]:
-        return tuple(self._encode([head])[0].ids[: self._max_length + self._head_end])
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        cut = [prompt[: self.max_chars] for prompt in prompts]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]  # releases the interpreter lock
 
-    def _fills(self, prefix: tuple[int, ...]) -> bool:
-        """Whether the instruction alone is all that the model reads: then nothing else is tokenized."""
-        return len(prefix) == self._max_length + self._head_end
+    def encode_instruction(self, instruction: str) -> tuple[int, ...]:
+        return tuple(self.encode([INSTRUCTION_PART.format(instruction)])[0])
 
-    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        # half a surrogate pair, which JSON can carry, is no character: it becomes a question mark
-        whole = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
-        return self._tokenizer.encode_batch(whole)  # which releases the interpreter lock; encode does not
+    def is_full(self, prefix: tuple[int, ...]) -> bool:
+        """Whether the instruction alone is all that the model reads.
 
-    def _prepare(self, source: Source, head: str, prefix: tuple[int, ...], encoding: Encoding) -> Input:
-        ids = list(prefix) if self._fills(prefix) else encoding.ids
-        prefix = prefix[: self._max_length]
-        image = {}
+        Of its tokens, those that a text behind it may change are the ones of "user\\n", after the last special token.
+        """
+        return len(prefix) >= self.max_length + len("user\n")
+
+    def prepare(self, source: Source, prefix: tuple[int, ...], token_ids: list[int]) -> Input:
+        image: dict[str, Any] = {}
         if source.image is not None:
-            features = self._processor(read_image(source.image, self._max_image_pixels), return_tensors="np")
-            _, rows, columns = features["image_grid_thw"][0].tolist()
-            tokens = rows * columns // 4
-            # by position, not by id: the client may have written <|image_pad|> too
-            start = encoding.char_to_token(len(head) + len(VISION_START))
-            if start is None or start + tokens > self._max_length:
+            picture = resize_twice(self.open_image(source.image), self.max_image_tokens)
+            grid, patches = (picture.height // PATCH, picture.width // PATCH), to_patches(picture)
+            start, count = (
+                len(prefix) + 1,
+                len(patches) // 4,
+            )  # its place is behind the instruction and <|vision_start|>
+            if start + count > self.max_length:
                 raise InputError(
-                    f"The image takes {tokens} tokens and does not fit behind the prompt into the {self._max_length}"
+                    f"The image takes {count} tokens and does not fit behind the prompt into the {self.max_length}"
                     " tokens that the model reads: send a shorter prompt, or raise GME_MAX_LENGTH on the server."
                 )
-            ids = ids[:start] + [ids[start]] * tokens + ids[start + 1 :]
-            image = {
-                "image_start": start,
-                "image_grid_thw": (1, rows, columns),
-                "pixel_values": features["pixel_values"],
-            }
-        token_ids = np.array(ids[: self._max_length], dtype=np.int64)
-        limit = min(len(prefix), len(token_ids) - 1)
-        differs = np.flatnonzero(token_ids[:limit] != prefix[:limit])
-        return Input(token_ids, prefix, int(differs[0]) if differs.size else limit, **image)
+            token_ids = token_ids[:start] + [token_ids[start]] * count + token_ids[start + 1 :]
+            image = {"image_start": start, "grid": grid, "patches": patches}
+        if len(token_ids) > self.max_length:
+            TRUNCATED.inc()
+        ids, prefix = np.array(token_ids[: self.max_length], np.int64), prefix[: self.max_length]
+        shared = min(len(prefix), len(ids) - 1)
+        differs = np.flatnonzero(ids[:shared] != prefix[:shared])  # where a text begins with white space, for example
+        return Input(ids, prefix, int(differs[0]) if differs.size else shared, **image)
+
+    def open_image(self, data: bytes) -> Image.Image:
+        """The first frame of an image file, upright and in RGB. Raises `InputError` or `TooLargeError`."""
+        try:
+            if data.startswith(JPEG_START) and data.count(JPEG_SCAN) > MAX_SCANS:
+                raise ValueError("The JPEG has too many scans.")
+            if data.startswith(JPEG_START) and data.count(JPEG_EXIF) > MAX_EXIF_SEGMENTS:
+                raise ValueError("The JPEG has too much EXIF data.")
+            # An AVIF says how it is turned outside its EXIF data, which Pillow would read whole while it opens the file.
+            file = ImageFile(AVIF_EXIF.sub(rb"\1skip", data))
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                pixels = image.width * image.height
+                if pixels > self.max_pixels:
+                    raise Image.DecompressionBombError
+                file.end += pixels / DECODED_PIXELS
+                with self.decoding.take(pixels):
+                    return upright(image)
+        except Image.DecompressionBombError:
+            raise TooLargeError(
+                f"The image has more than the {self.max_pixels} pixels that are accepted: scale it down before sending it"
+                " (the model sees about a million of them)."
+            ) from None
+        except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
+            log.debug("An image could not be decoded.", exc_info=True)
+        formats = ", ".join(IMAGE_FORMATS)
+        raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {formats}.")
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
 
 PREFIX_CACHE_TOKENS = 4096  # 115 MB of bfloat16 keys and values in the 2B model
-VISION_ATTENTION_ROWS = 512
-SMALL_PARAMETERS = 100_000_000  # a model below this is faster on one thread than on all: its products are too short
-PACKED_ROWS = 512  # the number of rows that packed weights are laid out for; any number can be multiplied
+MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}  # 1 - cosine, of rounding alone
+KeyValues = list[tuple[Tensor, Tensor]]  # for each layer keys and values, (B, heads, T, head_dim)
+
+
+class Linear:
+    """y = x W^T + b, with the weight (rows, columns) in the dtype and on the device of the model."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def swiglu(gate: Any, up: Any, x: Tensor) -> Tensor:
+    return functional.silu(gate(x)) * up(x)
+
+
+def image_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention within one image; all are (heads, patches, head_dim)."""
+    return functional.scaled_dot_product_attention(query[None], key[None], value[None])[0]
+
+
+class Kernels(NamedTuple):
+    """The operations that have a faster form on CPUs."""
+
+    linear: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]] = Linear
+    swiglu: Callable[[Any, Any, Tensor], Tensor] = swiglu
+    image_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = image_attention
+
+
+def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> Kernels:
+    """Set torch up for a CPU, and return what computes faster there than torch's own operations.
+
+    oneDNN's operators are private to torch: they are used only where they give what `linear` gives.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if small:
+        torch.set_num_threads(1)  # its products are too short for two
+    if platform.machine() == "x86_64" and not capabilities.get("amx_bf16"):
+        torch.set_float32_matmul_precision("medium")  # oneDNN in place of MKL; with AMX, and on ARM, it would round
+
+    class PackedLinear(Linear):
+        """A weight laid out for oneDNN once, and not in every call: 1.7 times as fast for a lone short text."""
+
+        def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+            rows = 512  # that it is laid out for; any number can be multiplied
+            super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias)
+
+        def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "")
+
+    def packed_swiglu(gate: PackedLinear, up: PackedLinear, x: Tensor) -> Tensor:
+        gated = gate(x, "swish")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up.weight, up.bias, "mul")
+
+    def chunked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Head by head and 512 queries at a time: twice as fast as torch's own in bfloat16."""
+        out = torch.empty_like(query)
+        query, key, value = query * query.shape[-1] ** -0.5, key.contiguous(), value.contiguous()
+        for q, k, v, o in zip(query, key, value, out, strict=True):
+            for start in range(0, len(q), 512):
+                rows = slice(start, start + 512)
+                torch.matmul((q[rows] @ k.T).softmax(-1), v, out=o[rows])
+        return out
+
+    kernels = Kernels(image_attention=chunked_attention if dtype == torch.bfloat16 else image_attention)
+    if dtype == torch.float16 or platform.machine() != "x86_64":
+        return kernels
+    try:
+        x, weight, bias = torch.randn(3, 64).to(dtype), torch.randn(32, 64).to(dtype), torch.randn(32).to(dtype)
+        plain, packed = Linear(weight, bias), PackedLinear(weight, bias)
+        torch.testing.assert_close(packed(x), plain(x), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(packed_swiglu(packed, packed, x), swiglu(plain, plain, x), rtol=0.02, atol=0.02)
+    except (AttributeError, RuntimeError, TypeError, AssertionError) as error:
+        log.info(
+            "Plain products instead of oneDNN's, which this torch has in another form: %s", str(error).split("\n")[0]
+        )
+        return kernels
+    return kernels._replace(linear=PackedLinear, swiglu=packed_swiglu)
+
+
+class Weights:
+    """The weights of a checkpoint by their published names, read from the mapped files one at a time.
+
+    Files that a current transformers has saved name them otherwise: both are taken.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.directory, self.device, self.dtype = directory, device, dtype
+        paths = weight_files(directory)
+        small = sum(path.stat().st_size for path in paths) < 200_000_000
+        self.kernels = speed_up_on_cpu(dtype, small) if device.type == "cpu" else Kernels()
+        self.stored: dict[str, tuple[Any, str]] = {}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                published = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                self.stored[published] = (file, name)
+
+    def stored_tensor(self, name: str, *shape: int) -> Tensor:
+        """A tensor as it is in its file. Raises `StartError` when it is missing or has another shape."""
+        if name not in self.stored:
+            raise StartError(f"{self.directory} is not a whole Qwen2-VL checkpoint: it has no weight {name}.")
+        file, stored_name = self.stored[name]
+        tensor: Tensor = file.get_tensor(stored_name)
+        if tensor.shape != shape:
+            raise StartError(f"{self.directory}: the weight {name} is {tuple(tensor.shape)} and should be {shape}.")
+        return tensor
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.stored_tensor(name, *shape).to(self.device, dtype, copy=True)
+
+    def norm(self, name: str, size: int, bias: bool) -> tuple[Tensor, ...]:
+        """Weight, and bias if any, of a norm: in float32."""
+        parts = ("weight", "bias") if bias else ("weight",)
+        return tuple(self.tensor(f"{name}.{part}", size, dtype=torch.float32) for part in parts)
+
+    def linear(self, columns: int, rows: Mapping[str, int], bias: bool = True) -> Any:
+        """One layer of all the published ones in `rows` (their number of rows by name), which have the same input."""
+        weights = [self.stored_tensor(f"{name}.weight", count, columns) for name, count in rows.items()]
+        biases = [self.stored_tensor(f"{name}.bias", count) for name, count in rows.items() if bias]
+        return self.layer(weights[0] if len(weights) == 1 else torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        copy = self.kernels.linear is Linear  # what oneDNN lays out is a copy by itself
+        weight = weight.to(self.device, self.dtype, copy=copy)
+        return self.kernels.linear(weight, None if bias is None else bias.to(self.device, self.dtype))
+
+
+def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
+    """Angles per position (pairs,), float32, by which rotary embedding turns each pair of numbers."""
+    return theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs).to(device)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding of x (..., head_dim), whose halves make the pairs, by angles (..., head_dim / 2)."""
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class VisionTower:
+    """Qwen2-VL's vision transformer: the patches of images to the embeddings of their tokens."""
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any], normalization: Mapping[str, Any]) -> None:
+        self.width, self.heads, self.kernels = config["embed_dim"], config["num_heads"], weights.kernels
+        self.dtype, device = weights.dtype, weights.device
+        self.mean, self.std = (
+            torch.tensor(normalization[name], dtype=torch.float32, device=device)[:, None]
+            for name in ("image_mean", "image_std")
+        )
+        self.frequencies = frequencies(self.width // self.heads // 4, 10000.0, device)  # a quarter for rows and columns
+        # A 3-D convolution over two frames, which are the same for a still image.
+        patch = weights.stored_tensor("visual.patch_embed.proj.weight", self.width, 3, 2, PATCH, PATCH)
+        self.patch_embedding = weights.layer(patch.float().sum(2).flatten(1))
+        self.blocks = [self.load_block(weights, f"visual.blocks.{number}") for number in range(config["depth"])]
+        self.merger_norm = weights.norm("visual.merger.ln_q", self.width, bias=True)
+        self.merger_in = weights.linear(4 * self.width, {"visual.merger.mlp.0": 4 * self.width})
+        self.merger_out = weights.linear(4 * self.width, {"visual.merger.mlp.2": config["hidden_size"]})
+
+    def load_block(self, weights: Weights, name: str) -> SimpleNamespace:
+        width = self.width
+        return SimpleNamespace(
+            norm1=weights.norm(f"{name}.norm1", width, bias=True),
+            qkv=weights.linear(width, {f"{name}.attn.qkv": 3 * width}),
+            proj=weights.linear(width, {f"{name}.attn.proj": width}),
+            norm2=weights.norm(f"{name}.norm2", width, bias=True),
+            fc1=weights.linear(width, {f"{name}.mlp.fc1": 4 * width}),
+            fc2=weights.linear(4 * width, {f"{name}.mlp.fc2": width}),
+        )
+
+    def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Token embeddings (P / 4, D) of uint8 patches (P, 588) of images with these grids of patches."""
+        pixels = patches.view(len(patches), 3, PATCH * PATCH).float()
+        pixels = ((pixels / 255 - self.mean) / self.std).flatten(1)
+        hidden = self.patch_embedding(pixels.to(self.dtype)).float()  # (P, width)
+        angles = torch.cat([self.angles(*grid) for grid in grids])[:, None]  # (P, 1, head_dim / 2)
+        lengths = [rows * columns for rows, columns in grids]
+        for block in self.blocks:
+            qkv = block.qkv(self.norm(hidden, block.norm1)).view(len(hidden), 3, self.heads, -1)
+            query, key = rotate(qkv[:, :2], angles[:, None]).unbind(1)  # (P, heads, head_dim)
+            images = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, qkv[:, 2])), strict=True)
+            attended = torch.cat([self.kernels.image_attention(*image) for image in images], 1)
+            hidden += block.proj(attended.transpose(0, 1).flatten(1))
+            inner = block.fc1(self.norm(hidden, block.norm2))
+            hidden += block.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
+        merged = self.norm(hidden, self.merger_norm).view(-1, 4 * self.width)
+        return self.merger_out(functional.gelu(self.merger_in(merged)))
+
+    def norm(self, hidden: Tensor, weight_and_bias: tuple[Tensor, ...]) -> Tensor:
+        return functional.layer_norm(hidden, (self.width,), *weight_and_bias, eps=1e-6).to(self.dtype)
+
+    def angles(self, rows: int, columns: int) -> Tensor:
+        """Rotary angles (rows * columns, head_dim / 2) of an image's patches, the four of each token together."""
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        places = torch.stack((row, column), -1).view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2).reshape(-1, 2, 1)
+        return (places.to(self.frequencies.device) * self.frequencies).flatten(1)
+
+
+class Decoder:
+    """Qwen2: the embeddings of a prompt's tokens to the hidden state of its last one.
+
+    The residual stream is float32 whatever the dtype of the weights: bfloat16 comes closer to the float32 embeddings so,
+    and float16 overflows later.
+    """
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        self.width, self.heads, self.groups = (
+            config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        )
+        self.eps, self.dtype, self.kernels = config["rms_norm_eps"], weights.dtype, weights.kernels
+        self.head_dim = self.width // self.heads
+        theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+        self.frequencies = frequencies(self.head_dim // 2, theta, weights.device)
+        self.embedding = weights.tensor(
+            "model.embed_tokens.weight", config["vocab_size"], self.width, dtype=weights.dtype
+        )
+        inner = config["intermediate_size"]
+        self.layers = [
+            self.load_layer(weights, f"model.layers.{number}", inner) for number in range(config["num_hidden_layers"])
+        ]
+        self.final_norm = weights.norm("model.norm", self.width, bias=False)
+
+    def load_layer(self, weights: Weights, name: str, inner: int) -> SimpleNamespace:
+        width, attention, mlp = self.width, f"{name}.self_attn", f"{name}.mlp"
+        shared = self.groups * self.head_dim
+        qkv = {f"{attention}.q_proj": width, f"{attention}.k_proj": shared, f"{attention}.v_proj": shared}
+        return SimpleNamespace(
+            norm1=weights.norm(f"{name}.input_layernorm", width, bias=False),
+            qkv=weights.linear(width, qkv),
+            output=weights.linear(width, {f"{attention}.o_proj": width}, bias=False),
+            norm2=weights.norm(f"{name}.post_attention_layernorm", width, bias=False),
+            gate=weights.linear(width, {f"{mlp}.gate_proj": inner}, bias=False),
+            up=weights.linear(width, {f"{mlp}.up_proj": inner}, bias=False),
+            down=weights.linear(inner, {f"{mlp}.down_proj": width}, bias=False),
+        )
+
+    def __call__(self, hidden: Tensor, last: Tensor, past: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        """Final hidden states (B, D) at position `last` (B,) of token embeddings (B, T, D) that follow `past`.
+
+        Also returns the keys and values of these tokens. All three rotary axes have the token's position, image tokens
+        too, as in the authors' forward. Attention is causal, so that no token sees the padding to its right.
+        """
+        batch, length, _ = hidden.shape
+        before = past[0][0].shape[2] if past else 0
+        positions = torch.arange(before, before + length, device=hidden.device)
+        angles = positions[:, None, None] * self.frequencies  # (T, 1, head_dim / 2)
+        mask = positions[:, None] >= torch.arange(before + length, device=hidden.device) if past else None
+        hidden, new = hidden.float(), []
+        for number, layer in enumerate(self.layers):
+            qkv = layer.qkv(self.norm(hidden, layer.norm1)).view(batch, length, -1, self.head_dim)
+            turned = rotate(qkv[:, :, : self.heads + self.groups], angles).transpose(1, 2)
+            query, key = turned[:, : self.heads], turned[:, self.heads :]  # (B, heads or groups, T, head_dim)
+            value = qkv[:, :, self.heads + self.groups :].transpose(1, 2)
+            new.append((key, value))
+            if past:
+                key, value = (
+                    torch.cat((old.expand(batch, -1, -1, -1), x), 2)
+                    for old, x in zip(past[number], new[-1], strict=True)
+                )
+            key, value = (x.repeat_interleave(self.heads // self.groups, 1) for x in (key, value))
+            attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+            attended = attended.transpose(1, 2).flatten(2)
+            if layer is self.layers[-1]:  # of which only the pooled tokens go on
+                rows = torch.arange(batch, device=hidden.device)
+                hidden, attended = hidden[rows, last], attended[rows, last]
+            hidden += layer.output(attended)
+            hidden += layer.down(self.kernels.swiglu(layer.gate, layer.up, self.norm(hidden, layer.norm2)))
+        return functional.rms_norm(hidden, (self.width,), *self.final_norm, eps=self.eps), new
+
+    def norm(self, hidden: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+        return functional.rms_norm(hidden, (self.width,), *weight, eps=self.eps).to(self.dtype)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA when available, else the CPU. Raises `SystemExit` for a device that this machine lacks."""
+    """`auto` is CUDA when available, else the CPU. Raises `StartError` for a device that cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # the device meta has none
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"GME_DEVICE={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise StartError(f"GME_DEVICE={name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -442,93 +839,30 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def chunked_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, length, head_dim), like key and value
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """Attention over one image, head by head and 512 queries at a time: twice torch's own in bfloat16 on a CPU."""
-    out = torch.empty_like(query)
-    for q, k, v, o in zip((query[0] * scaling), key[0].contiguous(), value[0].contiguous(), out[0], strict=True):
-        for start in range(0, len(q), VISION_ATTENTION_ROWS):
-            rows = slice(start, start + VISION_ATTENTION_ROWS)
-            torch.matmul((q[rows] @ k.T).softmax(-1), v, out=o[rows])
-    return out.transpose(1, 2).contiguous(), None  # (1, length, heads, head_dim)
-
-
-class PackedLinear(torch.nn.Module):
-    """A linear layer whose weight is laid out for oneDNN once and not in every call: 1.7 x for a lone short text."""
-
-    def __init__(self, linear: torch.nn.Linear, scratch: torch.Tensor) -> None:
-        super().__init__()
-        weight = scratch[: linear.weight.numel()].view_as(linear.weight).copy_(linear.weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-        self.bias = None if linear.bias is None else linear.bias.to(scratch.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
-
-
 class Model:
-    """Qwen2-VL without its language-modelling head: batches of inputs to unit vectors. For one thread at a time."""
+    """Batches of inputs to embeddings. For one thread at a time."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        transformers.utils.logging.disable_progress_bar()
-        self.device, self.dtype = device, dtype
-        # The class is named and trust_remote_code is not: whatever code lies in the directory, none of it is run.
-        # With the checkpoint's own dtype the weights stay mapped from the files until they are converted one by one.
-        loaded: Any = Qwen2VLModel.from_pretrained(
-            directory,
-            dtype="auto",
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-        if missing := [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]:
-            raise SystemExit(f"{directory} is not a Qwen2-VL checkpoint: it has no usable weights for {missing[0]}.")
-        model.eval().requires_grad_(False)
-        if device.type == "cpu":
-            if platform.machine() == "x86_64" and not torch.cpu.get_capabilities().get("amx_bf16"):
-                # oneDNN instead of MKL, up to twice as fast on AMD; with AMX, and on ARM, it would round to bfloat16
-                torch.set_float32_matmul_precision("medium")
-            if dtype == torch.bfloat16:
-                transformers.AttentionInterface.register("chunked", chunked_attention)
-                model.set_attn_implementation({"vision_config": "chunked"})
-            if sum(parameter.numel() for parameter in model.parameters()) < SMALL_PARAMETERS:
-                torch.set_num_threads(1)
-            if dtype != torch.float16 and platform.machine() == "x86_64" and torch.backends.mkldnn.is_available():
-                self._pack(model)
-        for parameter in model.parameters():  # and not buffers: the rotary frequencies stay in float32
-            parameter.data = parameter.data.to(device, dtype)
-        model.to(device)
-        self._visual, self._decoder = model.visual, model.language_model
-        self.dimension: int = self._decoder.config.hidden_size
-        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
-
-    def _pack(self, model: Any) -> None:
-        modules = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-        linears = [found for found in modules if isinstance(found[2], torch.nn.Linear)]
-        scratch = torch.empty(max(linear.weight.numel() for *_, linear in linears), dtype=self.dtype)
-        for parent, name, linear in linears:
-            setattr(parent, name, PackedLinear(linear, scratch))
+        config = json.loads((directory / "config.json").read_bytes())
+        weights = Weights(directory, device, dtype)
+        normalization = json.loads((directory / "preprocessor_config.json").read_bytes())
+        with torch.inference_mode():
+            self.vision = VisionTower(weights, config["vision_config"], normalization)
+            self.decoder = Decoder(weights, config.get("text_config", config))
+        self.device, self.dtype, self.dimension = device, dtype, self.decoder.width
+        self.prefixes: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """Unit vectors (len(inputs), dimension), float32, of inputs that share `prefix`.
+        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
 
-        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
+        Raises `MemoryError` when the batch does not fit, and `DeviceError` when the device cannot go on.
         """
         try:
-            return self._forward(inputs)
+            return self.forward(inputs).cpu().numpy()
         except torch.OutOfMemoryError:
             pass  # the memory is free only when the exception, which holds the batch's tensors, is gone
         except torch.AcceleratorError as error:
-            raise SystemExit(f"The device {self.device} cannot go on: {error}") from None
+            raise DeviceError(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # how torch says it on a CPU
                 raise
@@ -537,140 +871,109 @@ class Model:
         raise MemoryError("The batch does not fit into the device's memory.")
 
     @torch.inference_mode()
-    def _forward(self, inputs: Sequence[Input]) -> np.ndarray:
+    def forward(self, inputs: Sequence[Input]) -> Tensor:
+        """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool."""
         shared = min(one.shared for one in inputs)
-        ends = np.array([len(one.token_ids) - shared for one in inputs])
-        token_ids = np.zeros((len(inputs), ends.max()), np.int64)  # (B, T), padded on the right
-        for row, end, one in zip(token_ids, ends, inputs, strict=True):
-            row[:end] = one.token_ids[shared:]
-        embeddings = self._decoder.embed_tokens(torch.from_numpy(token_ids).to(self.device))  # (B, T, D)
-
-        images = [(row, one) for row, one in enumerate(inputs) if one.pixel_values is not None]
+        lengths = [len(one.token_ids) - shared for one in inputs]
+        token_ids = torch.zeros(len(inputs), max(lengths), dtype=torch.int64)  # (B, T), padded on the right
+        for row, length, one in zip(token_ids, lengths, inputs, strict=True):
+            row[:length] = torch.from_numpy(one.token_ids[shared:])
+        hidden = functional.embedding(token_ids.to(self.device), self.decoder.embedding)  # (B, T, D)
+        images = [(row, one) for row, one in enumerate(inputs) if one.patches is not None]
         if images:
-            pixels = torch.from_numpy(np.concatenate([one.pixel_values for _, one in images]))
-            grids = torch.tensor([one.image_grid_thw for _, one in images])
-            features = self._visual(pixels.to(self.device, self.dtype), grid_thw=grids.to(self.device)).pooler_output
-            counts = (grids.prod(-1) // 4).tolist()
+            patches = torch.from_numpy(np.concatenate([one.patches for _, one in images])).to(self.device)
+            features = self.vision(patches, [one.grid for _, one in images])
+            counts = [len(one.patches) // 4 for _, one in images]
             for (row, one), image in zip(images, features.split(counts), strict=True):
                 start = one.image_start - shared
-                embeddings[row, start : start + len(image)] = image
+                hidden[row, start : start + len(image)] = image
+        past = self.prefix(inputs[0].prefix, shared) if shared else None
+        last = torch.tensor(lengths, device=self.device) - 1
+        return functional.normalize(self.decoder(hidden, last, past)[0], dim=-1)
 
-        cache = self._prefix(inputs[0].prefix, shared, len(inputs))
-        last = self._decode(embeddings, cache, torch.from_numpy(ends - 1).to(self.device))
-        return functional.normalize(last, dim=-1).cpu().numpy()
-
-    def _decode(self, embeddings: torch.Tensor, cache: DynamicCache, last: torch.Tensor) -> torch.Tensor:
-        """Final hidden states (B, D), float32, at position `last` (B,) of embeddings (B, T, D) that follow `cache`.
-
-        The residual stream stays in float32 whatever the dtype of the weights: bfloat16 comes closer to the float32
-        vectors and float16 overflows later, at no cost in time.
-        """
-        past, length = cache.get_seq_length(), embeddings.shape[1]
-        positions = torch.arange(past, past + length, device=self.device).expand(3, 1, -1)  # sequential on every axis
-        rotary = self._decoder.rotary_emb(embeddings, positions)
-        # Attention is causal, so that no token sees the padding to its right, and one mask serves every row.
-        mask = (
-            torch.ones(1, 1, length, past + length, dtype=torch.bool, device=self.device).tril(past) if past else None
-        )
-        hidden = embeddings.float()
-        for layer in self._decoder.layers:
-            normed = layer.input_layernorm(hidden).to(self.dtype)
-            hidden += layer.self_attn(normed, mask, position_embeddings=rotary, past_key_values=cache)[0]
-            if layer is self._decoder.layers[-1]:  # of the last layer only the pooled tokens are needed
-                hidden = hidden[torch.arange(len(last), device=self.device), last]
-            hidden += layer.mlp(layer.post_attention_layernorm(hidden).to(self.dtype))
-        return self._decoder.norm(hidden)
-
-    def _prefix(self, prefix: tuple[int, ...], shared: int, batch: int) -> DynamicCache:
-        """Keys and values of the first `shared` tokens of `prefix`, for `batch` rows."""
-        layers = self._prefixes.pop(prefix, None)
+    def prefix(self, token_ids: tuple[int, ...], length: int) -> KeyValues:
+        """Keys and values (1, heads, length, head_dim) of an instruction's first tokens; the last few are kept."""
+        layers = self.prefixes.pop(token_ids, None)
         if layers is None:
-            cache = DynamicCache()
-            ids = torch.tensor([prefix], device=self.device)
-            self._decode(self._decoder.embed_tokens(ids), cache, torch.tensor([0], device=self.device))
-            layers = [(keys, values) for keys, values, _ in cache]  # (1, heads, tokens, head_dim) each
-        if len(prefix) <= PREFIX_CACHE_TOKENS:
-            self._prefixes[prefix] = layers
-        while sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS:
-            self._prefixes.popitem(last=False)
-        return DynamicCache(
-            [
-                (keys[:, :, :shared].expand(batch, -1, -1, -1), values[:, :, :shared].expand(batch, -1, -1, -1))
-                for keys, values in layers
-            ]
-        )
+            hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.decoder.embedding)
+            _, layers = self.decoder(hidden, torch.tensor([0], device=self.device))
+        if len(token_ids) <= PREFIX_CACHE_TOKENS:
+            self.prefixes[token_ids] = layers
+        while sum(map(len, self.prefixes)) > PREFIX_CACHE_TOKENS:
+            self.prefixes.popitem(last=False)
+        return [(key[:, :, :length], value[:, :, :length]) for key, value in layers]
+
+    def check(self, texts: Sequence[Input]) -> None:
+        """Compute texts and a small image alone and in one batch, with the prefix cache and without.
+
+        Raises `StartError` when they disagree by more than the dtype rounds: a torch that changed must not mean wrong
+        embeddings. `texts` share their instruction and are at least 8 tokens long behind it; each has another length.
+        """
+        pixels = np.arange(16 * 588, dtype=np.uint32) * 2654435761 >> 24  # noise of 4 x 4 patches, four tokens
+        start = texts[0].shared + 2
+        image = replace(texts[0], image_start=start, grid=(4, 4), patches=pixels.astype(np.uint8).reshape(16, 588))
+        inputs = [*texts, image]
+        together = self.embed(inputs)
+        ways = {
+            "in a batch and alone": [self.embed([one])[0] for one in inputs],
+            "with the prefix cache and without": [self.embed([replace(one, shared=0)])[0] for one in inputs],
+        }
+        for way, embeddings in ways.items():
+            distance = 1 - (together * np.array(embeddings)).sum(axis=1).min()
+            if not distance <= MAX_DISTANCE[self.dtype]:
+                raise StartError(
+                    f"The model computes other embeddings {way} (1 - cosine is {distance:.2g}): the torch"
+                    f" {torch.__version__} installed does not suit this service. Install the versions of requirements.txt."
+                )
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
 
 MAX_PADDING = 0.2
-AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 19 kB a token
-PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))  # each may hold a GB while it decodes the largest image
-CACHE_ENTRY_BYTES = 200  # what a cached vector takes beside its numbers
-T = TypeVar("T")
-R = TypeVar("R")
-
-QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
+AHEAD_BATCHES = 4  # how much is prepared ahead of the model, in batches; a prepared image takes 2.4 kB a token
+PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
+CACHE_ENTRY_BYTES = 200  # what a cached embedding takes beside its numbers
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
-BATCH_PADDING = Histogram(
-    "gme_batch_padding_ratio", "Share of padding in one batch.", buckets=[n / 20 for n in range(6)]
-)
-CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent vectors.")
+BATCH_PADDING = Histogram("gme_batch_padding_ratio", "Share of padding in a batch.", buckets=[n / 20 for n in range(6)])
+CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-class UnavailableError(Exception):
-    """Nothing can be taken or answered now; the message says why."""
+class Answer(NamedTuple):
+    """The embeddings (n, dimension), float32, of a request's sources, and the tokens that the model reads for them."""
+
+    embeddings: np.ndarray
+    tokens: int
 
 
-class Job(Future[np.ndarray]):
-    """A request and its vectors (n, dimension), float32. Inputs are ranked by length: neighbours make good batches.
+@dataclass(eq=False)
+class Waiting:
+    """A source with its place in the queue: the lowest order goes first."""
 
-    When it ends with an exception, `failed` says through which input.
-    """
-
-    def __init__(self, number: int, start: int, sources: Sequence[Source], dimension: int) -> None:
-        super().__init__()
-        self.number, self.start, self.sources, self.missing = number, start, sources, len(sources)
-        self.by_rank = sorted(range(len(sources)), key=lambda index: sources[index].weight)
-        self.arrived = time.perf_counter()
-        self.vectors = np.empty((len(sources), dimension), np.float32)
-        self.tokens = 0  # that the model read for it
-        self.failed: int | None = None
-
-
-class Turn(NamedTuple):
-    """One input of a job on its way through the batcher; the lowest `order` goes first."""
-
-    order: tuple[int, int]  # (start of its job + rank within it, number of the job)
-    job: Job
-    position: int  # in the request
     source: Source
+    name: str  # in an error
+    future: asyncio.Future[np.ndarray]
+    arrived: float
+    order: tuple[int, int] = (0, 0)  # (start of its request + rank within it, number of the request)
+    input: Input | None = None  # once it is prepared
 
 
-class Place(NamedTuple):
-    """A place in a batch, shared by the turns of all equal inputs that wait together."""
-
-    prepared: Input
-    turns: list[Turn]
-
-
-def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | Exception]:
-    """`function(items)`; where it raises, halves the items until those it raises for have the exception as result.
-
-    Only `SystemExit` goes through: a panic of the tokenizers library, which is no `Exception` either, must not.
-    """
+def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | ServiceError]:
+    """`function(items)`; where it raises, halves the items until those it raises for have an error as result."""
     try:
         return list(function(items))
-    except SystemExit:
+    except DeviceError:
         raise
-    except BaseException as raised:
-        if len(items) == 1 and not isinstance(raised, MemoryError):
-            log.exception("An input could not be embedded.")
-        # without the traceback, which holds the batch's tensors in memory
-        error = raised.with_traceback(None) if isinstance(raised, Exception) else RuntimeError(repr(raised))
+    except MemoryError:
+        error = TooLargeError("This input does not fit into the memory of the server: send a smaller one.")
+    except BaseException as fault:  # a panic of the tokenizers library is no Exception
+        error = ServiceError("This input could not be embedded, through a fault of the service: its log says more.")
+        if len(items) == 1:
+            log.error("An input could not be embedded.", exc_info=fault)
     if len(items) == 1:
         return [error]
     half = len(items) // 2
@@ -680,571 +983,539 @@ def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) 
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
-    Inputs are taken by rank within their own request, oldest request first among equals, so that the first input of a
-    new request overtakes the thousandth of an old one. The ranks of a new request start where the waiting ones are, and
-    one higher with every batch, so that an old request gets a place in each however many new ones keep coming. Threads
-    prepare a few batches ahead in that order, and at every batch boundary the model thread takes the best batch of what
-    is ready.
+    The policy is start-time fair queueing. A request's inputs, shortest first, are numbered from where the queue has got
+    to; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch under
+    way and its own, and a bulk job keeps a place in every batch.
+
+    The event loop owns all state. Threads run `prepare` and `embed`, which share nothing.
     """
 
     def __init__(
         self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | InputError]],
+        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
         embed: Callable[[Sequence[Input]], Iterable[np.ndarray]],
-        dimension: int,
-        settings: Settings,
         max_tokens: int,
+        max_queue: int = 16384,
+        cache_entries: int = 0,
     ) -> None:
-        self._prepare, self._embed, self._dimension = prepare, embed, dimension
-        self._max_tokens, self._max_queue = max_tokens, settings.max_queue
-        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._cache_entries = int(settings.cache_mb * 2**20 / (4 * dimension + CACHE_ENTRY_BYTES))
-        self._numbers = itertools.count()
-        self._start = 0  # of the ranks of a new job
-        self._preparing: list[tuple[int, int]] = []  # lowest order of each chunk that a thread prepares
-        self._jobs: list[tuple[tuple[int, int], Job]] = []  # heap of (order of the job's next input, job)
-        self._open: set[Job] = set()  # jobs without an answer
-        self._ready: dict[bytes, Place] = {}  # prepared, by key
-        self.depth = 0  # inputs without an answer
+        self.prepare, self.embed_batch, self.max_tokens, self.max_queue = prepare, embed, max_tokens, max_queue
+        self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.cache_entries = cache_entries
+        self.unprepared: list[tuple[tuple[int, int], Waiting]] = []  # a heap
+        self.preparing: list[tuple[int, int]] = []  # the lowest order of each chunk under way
+        self.ready: dict[bytes, list[Waiting]] = {}  # by the key of their input: equal inputs are computed once
+        self.computing: dict[bytes, list[Waiting]] = {}  # the batch under way
+        self.open: set[asyncio.Future[np.ndarray]] = set()
+        self.numbers = itertools.count()
+        self.clock = 0  # where the queue has got to
+        self.changed = asyncio.Event()
         self.alive = True
         self.on_death: Callable[[], None] = lambda: None
-        lock = threading.RLock()
-        self._lock, self._to_prepare, self._to_run = lock, threading.Condition(lock), threading.Condition(lock)
-        runs = [self._run_model] + [self._run_prepare] * PREPARE_THREADS
-        self._threads = [threading.Thread(target=self._run, args=(run,), daemon=True) for run in runs]
-        for thread in self._threads:
-            thread.start()
 
-    def submit(self, sources: Sequence[Source]) -> Job:
-        """Queue a request's inputs. Cancelling the job, as for a client that left, drops what has not run yet.
+    @property
+    def depth(self) -> int:
+        """Inputs without an answer."""
+        return len(self.open)
 
-        The job ends with its vectors, or with an `InputError`, a `MemoryError` (an input does not fit into the device,
-        even alone), a `FloatingPointError` (its vector is not finite), whatever else was raised for it, or an
-        `UnavailableError`. Raises `UnavailableError`.
+    async def embed(self, sources: Sequence[Source]) -> Answer:
+        """Answer a request. What it has in the queue is dropped when this is cancelled, as for a client that left.
+
+        Raises the `ServiceError` of the first input that has one, and `BusyError` when the queue is full.
         """
-        with self._lock:
-            if not self.alive:
-                raise UnavailableError("The model thread has ended: try again when the service has restarted.")
-            if self.depth + len(sources) > self._max_queue:
-                raise UnavailableError("Too many inputs wait already: try again in a moment.")
-            job = Job(next(self._numbers), self._start, sources, self._dimension)
-            self.depth += job.missing
-            self._open.add(job)
-            heapq.heappush(self._jobs, ((job.start, job.number), job))
-            self._to_prepare.notify()
-        job.add_done_callback(self._forget)  # type: ignore[arg-type]
-        return job
-
-    def close(self) -> None:
-        """End the threads after the batch under way, and the jobs that it leaves."""
-        with self._lock:
-            self.alive = False
-            self._to_prepare.notify_all()
-            self._to_run.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._end_jobs()
-
-    def _run(self, loop: Callable[[], None]) -> None:
-        """The life of a thread. When one ends by a fault, no request can be answered any more."""
+        if not self.alive:
+            raise BusyError("The model has ended: try again when the service has restarted.")
+        if self.depth + len(sources) > self.max_queue:
+            raise BusyError("Too many inputs wait already: try again in a moment.")
+        loop, number, now = asyncio.get_running_loop(), next(self.numbers), time.perf_counter()
+        waiting = [
+            Waiting(source, source.name or f"Input {position}: " * (len(sources) > 1), loop.create_future(), now)
+            for position, source in enumerate(sources, start=1)
+        ]
+        for rank, one in enumerate(sorted(waiting, key=lambda one: one.source.weight)):
+            one.order = (self.clock + rank, number)
+            heapq.heappush(self.unprepared, (one.order, one))
+            self.open.add(one.future)
+            one.future.add_done_callback(self.open.discard)
+        self.notify()
         try:
-            loop()
-        except BaseException as error:
-            log.critical("The thread %s has ended: %r", loop.__name__, error)
-            self._end_jobs()
+            embeddings = await asyncio.gather(*(one.future for one in waiting))
+        finally:
+            for one in waiting:
+                one.future.cancel()
+            self.notify()
+        return Answer(np.array(embeddings), sum(len(one.input.token_ids) for one in waiting if one.input))
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Answer requests for as long as this context lasts."""
+        preparers, device = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
+        tasks = [asyncio.create_task(self.prepare_ahead(preparers)) for _ in range(PREPARE_THREADS)]
+        tasks.append(asyncio.create_task(self.compute(device)))
+        for task in tasks:
+            task.add_done_callback(self.end)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for pool in (preparers, device):
+                pool.shutdown(wait=False)
+
+    def end(self, task: asyncio.Task[None]) -> None:
+        """No request can be answered any more."""
+        self.alive = False
+        for future in list(self.open):
+            if not future.done():
+                future.set_exception(BusyError("The service is ending: try again in a moment."))
+        if not task.cancelled():
+            log.critical("The batcher has ended.", exc_info=task.exception())
             self.on_death()
 
-    def _run_prepare(self) -> None:
-        while chunk := self._take_chunk():
-            results = isolate(self._prepare, [turn.source for turn in chunk])
-            keys = [result.key() if isinstance(result, Input) else b"" for result in results]
-            with self._lock:
-                self._preparing.remove(chunk[0].order)
-                for turn, result, key in zip(chunk, results, keys, strict=True):
-                    if isinstance(result, Exception):
-                        self._finish(turn, result)
-                    elif not turn.job.done():
-                        turn.job.tokens += len(result.token_ids)
-                        self._make_ready(turn, result, key)
+    def notify(self) -> None:
+        """Wake the tasks that wait for something to do."""
+        self.changed.set()
+        self.changed.clear()
 
-    def _take_chunk(self) -> list[Turn]:
-        """The inputs to prepare next; waits for them. Empty once the batcher is closed."""
-        with self._lock:
-            while self.alive:
-                chunk: list[Turn] = []
-                weight = 0
-                ready = sorted((self._order(key), place.prepared.cost) for key, place in self._ready.items())
-                before = [0, *itertools.accumulate(cost for _, cost in ready)]
-                while self._jobs and weight < CHUNK_WEIGHT:
-                    order, job = self._jobs[0]
-                    rank = order[0] - job.start
-                    if not job.done():
-                        if before[bisect.bisect(ready, (order,))] >= AHEAD_BATCHES * self._max_tokens:
-                            break  # enough is ready that goes before it
-                        index = job.by_rank[rank]
-                        weight += job.sources[index].weight
-                        if chunk and weight > CHUNK_WEIGHT:
-                            break
-                        chunk.append(Turn(order, job, index, job.sources[index]))
-                    heapq.heappop(self._jobs)
-                    if not job.done() and rank + 1 < len(job.by_rank):
-                        heapq.heappush(self._jobs, ((order[0] + 1, job.number), job))
-                if chunk:
-                    self._preparing.append(chunk[0].order)
-                    self._to_prepare.notify()  # another thread may go on with the rest
-                    return chunk
-                self._to_prepare.wait()
-        return []
+    async def when_there_is(self, take: Callable[[], T | None]) -> T:
+        while (taken := take()) is None:
+            await self.changed.wait()
+        return taken
 
-    def _make_ready(self, turn: Turn, prepared: Input, key: bytes) -> None:
-        if key in self._cache:
+    # ------------------------------------------------------------------------------------------------- preparing
+
+    async def prepare_ahead(self, threads: ThreadPoolExecutor) -> None:
+        def prepare(sources: Sequence[Source]) -> list[tuple[Any, bytes]]:
+            results = isolate(self.prepare, sources)
+            return [(result, result.key() if isinstance(result, Input) else b"") for result in results]
+
+        while True:
+            chunk = await self.when_there_is(self.next_chunk)
+            self.preparing.append(chunk[0].order)
+            sources = [one.source for one in chunk]
+            prepared = await asyncio.get_running_loop().run_in_executor(threads, prepare, sources)
+            self.preparing.remove(chunk[0].order)
+            for one, (result, key) in zip(chunk, prepared, strict=True):
+                if isinstance(result, Exception):
+                    self.finish([one], result)
+                else:
+                    one.input = result
+                    self.enqueue(one, key)
+            self.notify()
+
+    def next_chunk(self) -> list[Waiting] | None:
+        """What to prepare next: in order, while no more than a few batches are ready that go before it."""
+        ready = sorted(((self.order(group), group[0].input.cost) for group in self.ready.values()), reverse=True)
+        chunk: list[Waiting] = []
+        weight = tokens_before = 0
+        while self.unprepared:
+            order, one = self.unprepared[0]
+            if not one.future.done():
+                while ready and ready[-1][0] < order:
+                    tokens_before += ready.pop()[1]
+                if tokens_before >= AHEAD_BATCHES * self.max_tokens:
+                    break
+                weight += one.source.weight
+                if chunk and weight > CHUNK_WEIGHT:
+                    break
+                chunk.append(one)
+            heapq.heappop(self.unprepared)
+        return chunk or None
+
+    def enqueue(self, one: Waiting, key: bytes) -> None:
+        if key in self.cache:
             CACHE_HITS.inc()
-            self._cache.move_to_end(key)
-            self._finish(turn, self._cache[key])
-        elif key in self._ready:
-            self._ready[key].turns.append(turn)
+            self.cache.move_to_end(key)
+            self.finish([one], self.cache[key])
+        elif key in self.computing:
+            self.computing[key].append(one)
         else:
-            self._ready[key] = Place(prepared, [turn])
-            self._to_run.notify()
+            self.ready.setdefault(key, []).append(one)
 
-    def _order(self, key: bytes) -> tuple[int, int]:
-        return min(turn.order for turn in self._ready[key].turns)
+    # ------------------------------------------------------------------------------------------------- computing
 
-    def _run_model(self) -> None:
-        while batch := self._take_batch():
+    async def compute(self, thread: ThreadPoolExecutor) -> None:
+        def embed(inputs: Sequence[Input]) -> list[np.ndarray | Exception]:
             with MODEL_SECONDS.time():
-                results = isolate(self._embed, [place.prepared for place in batch.values()])
-            with self._lock:
-                for (key, place), result in zip(batch.items(), results, strict=True):
-                    finite = isinstance(result, Exception) or np.isfinite(result).all()
-                    for turn in place.turns:
-                        self._finish(turn, result if finite else FloatingPointError())
-                    if finite and not isinstance(result, Exception):
-                        self._cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
-                while len(self._cache) > self._cache_entries:
-                    self._cache.popitem(last=False)
+                return isolate(self.embed_batch, inputs)
 
-    def _end_jobs(self) -> None:
-        with self._lock:
-            self.alive = False
-            for job in list(self._open):  # a job that is cancelled meanwhile leaves the set
-                if not job.done() and job.set_running_or_notify_cancel():
-                    job.set_exception(UnavailableError("The service is ending: try again in a moment."))
+        while True:
+            batch = self.computing = await self.when_there_is(self.next_batch)
+            inputs = [group[0].input for group in batch.values()]
+            results = await asyncio.get_running_loop().run_in_executor(thread, embed, inputs)
+            for (key, group), result in zip(batch.items(), results, strict=True):
+                if not isinstance(result, Exception) and not np.isfinite(result).all():
+                    result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 or float32.")
+                elif not isinstance(result, Exception) and self.cache_entries:
+                    self.cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
+                self.finish(group, result)
+            while len(self.cache) > self.cache_entries:
+                self.cache.popitem(last=False)
+            self.computing = {}
 
-    def _take_batch(self) -> dict[bytes, Place]:
-        """The best batch of what is ready; waits for it. Empty once the batcher is closed.
+    def next_batch(self) -> dict[bytes, list[Waiting]] | None:
+        """The best batch of what is ready.
 
         The first in order is always in it. Of those that follow in order and share its instruction, as many as fit
         into the batch's tokens, those nearest to it in length are, as long as at most 20 % of the batch is padding.
         """
-        with self._lock:
-            while self.alive:
-                for key in [key for key, place in self._ready.items() if all(turn.job.done() for turn in place.turns)]:
-                    del self._ready[key]
-                self._to_prepare.notify_all()  # there is room
-                if self._ready:
-                    break
-                self._to_run.wait()
-            else:
-                return {}
-            waiting = sorted(self._ready, key=self._order)
-            cost = {key: self._ready[key].prepared.cost for key in waiting}
-            first = self._ready[waiting[0]].prepared
-            same = [key for key in waiting if self._ready[key].prepared.prefix == first.prefix]
-            inside = bisect.bisect(list(itertools.accumulate(cost[key] for key in same)), self._max_tokens)
-            near = sorted(same[: max(inside, 1)], key=lambda key: abs(cost[key] - first.cost))
-            size, total, longest = 1, 0, 0
-            for count, key in enumerate(near, start=1):
-                total, longest = total + cost[key], max(longest, cost[key])
-                if total / (1 - MAX_PADDING) >= count * longest <= self._max_tokens:
-                    size = count
-            lowest = min([self._order(waiting[0]), *self._preparing, *(order for order, _ in self._jobs[:1])])
-            self._start = max(self._start + 1, lowest[0])
-            batch = {key: self._ready.pop(key) for key in near[:size]}
-            self._to_prepare.notify_all()
+        for key, group in list(self.ready.items()):
+            group[:] = [one for one in group if not one.future.done()]
+            if not group:
+                del self.ready[key]
+        if not self.ready:
+            return None
+        waiting = sorted(self.ready, key=lambda key: self.order(self.ready[key]))
+        first = self.ready[waiting[0]][0].input
+        cost = {key: self.ready[key][0].input.cost for key in waiting}
+        fitting, num_tokens = [], 0
+        for key in waiting:
+            if self.ready[key][0].input.prefix != first.prefix:
+                continue
+            num_tokens += cost[key]
+            if fitting and num_tokens > self.max_tokens:
+                break
+            fitting.append(key)
+        fitting.sort(key=lambda key: abs(cost[key] - first.cost))
+        size, num_tokens, longest = 1, 0, 0
+        for count, key in enumerate(fitting, start=1):
+            num_tokens, longest = num_tokens + cost[key], max(longest, cost[key])
+            num_padded = count * longest
+            if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
+                size = count
+        # A new request starts where the first of what waits is, and one further with every batch.
+        first_orders = [
+            self.order(self.ready[waiting[0]]),
+            *self.preparing,
+            *(order for order, _ in self.unprepared[:1]),
+        ]
+        self.clock = max(self.clock + 1, min(first_orders)[0])
+        batch = {key: self.ready.pop(key) for key in fitting[:size]}
         BATCH_INPUTS.observe(size)
         BATCH_PADDING.observe(1 - sum(cost[key] for key in batch) / (size * max(cost[key] for key in batch)))
-        for turn in itertools.chain.from_iterable(place.turns for place in batch.values()):
-            QUEUE_SECONDS.observe(time.perf_counter() - turn.job.arrived)
+        for one in itertools.chain.from_iterable(batch.values()):
+            QUEUE_SECONDS.observe(time.perf_counter() - one.arrived)
+        self.notify()  # there is room to prepare more
         return batch
 
-    def _finish(self, turn: Turn, result: np.ndarray | Exception) -> None:
-        job = turn.job
-        if job.done():
-            return
-        if isinstance(result, Exception):
-            if job.set_running_or_notify_cancel():
-                job.failed = turn.position
-                job.set_exception(result)
-            return
-        job.vectors[turn.position] = result
-        job.missing -= 1
-        self.depth -= 1
-        if not job.missing and job.set_running_or_notify_cancel():
-            job.set_result(job.vectors)
+    @staticmethod
+    def order(group: Sequence[Waiting]) -> tuple[int, int]:
+        return min(one.order for one in group)
 
-    def _forget(self, job: Job) -> None:
-        """What an ended job still has in the queue is dropped when its turn comes."""
-        with self._lock:
-            self._open.discard(job)
-            self.depth -= job.missing
-            job.sources = ()
-            self._to_prepare.notify()
+    @staticmethod
+    def finish(group: Sequence[Waiting], result: np.ndarray | ServiceError) -> None:
+        for one in group:
+            if one.future.done():
+                continue
+            if isinstance(result, ServiceError):
+                one.future.set_exception(type(result)(f"{one.name}{result}"))
+            else:
+                one.future.set_result(result)
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
+#
+# Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all bodies
+# together; JSON of millions of parts; forms of many parts; too many inputs; a full queue. Images are bounded in room 3.
+# Not protected against: slow clients, dead connections, floods of pipelined requests, and eavesdroppers, which are the
+# proxy's (deploy/nginx.conf); floods of headers, which are uvicorn's h11's; memory that runs away, which is systemd's.
 
+QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
+MODEL_INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
 STATIC_PATH = "/docs/static"
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below STATIC_PATH
-MAX_OPEN_BODIES = 32  # of the largest size that may be in memory at a time, with the answers that wait to be read
-BUSY = {"Retry-After": "1", "Connection": "close"}
-LARGE_ANSWER = 1 << 16  # bytes; a smaller one is in the hands of the system at once
-MAX_HEAD = 1 << 14  # bytes of a request's first line and headers
-MAX_PIPELINE = 64  # requests that a connection may send ahead of their answers
-STALL_SECONDS = 60  # for which a client may send and read nothing when it should
-MAX_STALLS = 5  # times as long may a request take to come, or an answer to be read
-# As much of a JSON body as has at most so many strings, and signs outside strings, in one pass over it.
-JSON_START = rb'(?:[^"\s]|\s++|"(?:[^"\\]++|\\.)*+"?){0,%d}+'
-CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")  # of forms; the codec idna takes minutes for a megabyte
-WRONG_KEY = "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
-NO_FILE = "body.file: send the image as a file in a multipart form (with curl: -F file=@photo.jpg)."
-TOO_MANY_VALUES = (
-    "The body has too many values: send fewer inputs in one request, and texts instead of token ids (in LangChain,"
-    " check_embedding_ctx_length=False)."
-)
-STATUSES = {
-    400: "An input that cannot be embedded.",
-    401: "The API key is missing or wrong.",
-    413: "The body, the number of inputs or an image is too large.",
-    422: "The request is malformed.",
-    500: "A fault of the service.",
-    503: "Too much work waits: try again.",
+MAX_OPEN_BODIES = 32  # of the largest size that may be in memory at a time
+LINGER_BODIES = 8  # how many times the largest size is read and dropped after a refusal, so that its sender reads it
+LINGER_SECONDS = 60
+MAX_FORM_FIELDS = 16
+FORM = "body: send a multipart form with the image in the field `file` (with curl: -F file=@photo.jpg)."
+STATUSES = {  # with an example of each
+    400: ("An input cannot be embedded.", "texts is empty: send at least one."),
+    401: ("The API key is missing or wrong.", "The API key is missing or wrong: send `Authorization: Bearer <key>`."),
+    413: ("The body, the number of inputs or an image is too large.", "texts has 3000 inputs: send at most 2048."),
+    422: ("The request is malformed.", "prompt: Input should be a valid string."),
+    500: ("A fault of the service.", "A fault of the service: its log says more."),
+    503: ("Too much work waits: try again.", "Too many inputs wait already: try again in a moment."),
 }
-FAULTS: tuple[tuple[type[Exception], int, str], ...] = (  # what a job can end with; "": the exception's own sentence
-    (UnavailableError, 503, ""),
-    (ImageTooLargeError, 413, ""),
-    (InputError, 400, ""),
-    (MemoryError, 413, "This input does not fit into the memory of the server: send a smaller one."),
-    (FloatingPointError, 500, "The vector is not finite: set GME_DTYPE to bfloat16 or float32 on the server."),
-    (Exception, 500, "This input could not be embedded, through a fault of the service: its log says more."),
-)
-Many = Field(fail_fast=True, max_length=1 << 16)  # a fault in each of a million items would be as many errors
 PROMPT = f"The instruction. Give one with queries, none with documents. Default: {DEFAULT_INSTRUCTION!r}"
 Prompt = Annotated[str | None, Field(description=PROMPT, examples=["Find an image that matches the given text."])]
+HARMLESS: dict[str, tuple[Any, ...]] = {  # what clients of other services send along, and we do anyway
+    "normalized": (True,),
+    "embedding_type": ("float",),
+    "truncate": (True, "END"),
+    "late_chunking": (False,),
+}
+INSTEAD = {  # what to use in place of a field that would change the embedding
+    "messages": 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,…"}]',
+    **dict.fromkeys(
+        ("instruction", "instructions", "input_type", "task", "prompt_name"), "prompt, with the instruction"
+    ),
+}
 
 
-class Texts(BaseModel):
-    """Texts to embed."""
-
-    model_config = ConfigDict(extra="forbid")  # a `promt` that is dropped would give another vector
-    texts: Annotated[list[str], Many] = Field(
-        description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]]
-    )
-    prompt: Prompt = None
-
-
-class Embeddings(BaseModel):
-    """L2-normalised vectors, in the order of the inputs."""
-
-    embeddings: list[list[float]] = Field(description="One vector per input.", examples=[[[0.0134, -0.0127, 0.0451]]])
-
-
-class ImageForm(BaseModel):
-    """An image to embed, alone or fused with a text."""
-
-    model_config = ConfigDict(extra="forbid")
-    file: UploadFile = Field(description="The image file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")
-    text: str = Field("", description="A text to fuse with the image.", examples=["", "a red circle"])
-    prompt: str = Field("", description=PROMPT, examples=["", "Find a text that matches the given image."])
-
-
-class Item(BaseModel):
-    """A text, an image, or both fused into one vector."""
-
-    model_config = ConfigDict(extra="forbid")
-    text: str | None = Field(None, description="The text.", examples=["a red circle"])
-    image: str | None = Field(None, description="The image file, as a data URI or base64.", examples=["iVBORw0KGgo="])
-
-
-class OpenAIRequest(BaseModel):
-    """A request in the shape of OpenAI's embeddings API, which takes images too."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red circle", "a blue star"]}]})
-    input: Annotated[list[str | Item | int | list[Any]], Many] | str = Field(
-        description="A text, or a list of texts, or of objects with `text`, `image` or both. Token ids are refused.",
-        examples=[["a red circle", "a blue star"]],
-    )
-    model: str | None = Field(None, description="Any name: there is one model.", examples=["gme"])
-    encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="How the vectors are written; base64 is that of float32.", examples=["float"]
-    )
-    dimensions: int | None = Field(None, description="Only the model's own dimension.", examples=[1536])
-    user: str | None = Field(None, description="Ignored.", examples=["me"])
-    prompt: Prompt = None
-
-
-class Health(BaseModel):
-    """The state of the service."""
-
-    status: str = Field(description="`ok`, or what is wrong.", examples=["ok"])
-    model: str = Field(description="The model's id.", examples=["iic/gme-Qwen2-VL-2B-Instruct"])
-    device: str = Field(description="Where the model runs.", examples=["cuda"])
-    dtype: str = Field(description="The type of the model's weights.", examples=["float16"])
-    dimension: int = Field(description="Numbers in a vector.", examples=[1536])
-    queue_depth: int = Field(description="Inputs without an answer.", examples=[0])
-
-
-class Error(BaseModel):
-    """What was wrong, and what to change."""
-
-    detail: str = Field(description="A sentence.", examples=["texts is empty: send at least one."])
-
-
-EMBEDDING_LIST = {
+DATA_URI = re.compile(r"data:(\w+)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+B = TypeVar("B", bound="Body")
+EMBEDDINGS = {"embeddings": [[0.0134, -0.0127, 0.0451]]}
+OPENAI_EMBEDDINGS = {
     "object": "list",
     "data": [{"object": "embedding", "index": 0, "embedding": [0.0134, -0.0127, 0.0451]}],
     "model": "iic/gme-Qwen2-VL-2B-Instruct",
     "usage": {"prompt_tokens": 23, "total_tokens": 23},
 }
-MODEL = {"id": "iic/gme-Qwen2-VL-2B-Instruct", "object": "model", "created": 0, "owned_by": "iic"}
-MODEL_LIST = {"object": "list", "data": [MODEL]}
-REFUSAL = {"message": "input is empty: send at least one.", "type": "invalid_request_error", "code": None}
+OPENAI_INPUT = {
+    "description": "A text, an image's data URI, or a list of these and of objects with `text`, `image` or both.",
+    "examples": [["a red circle", {"image": "data:image/png;base64,iVBORw0KGgo="}, {"text": "a", "image": "iVBORw0="}]],
+}
+IMAGE_FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {
+        "file": {
+            "type": "array",
+            "items": {"type": "string", "format": "binary"},
+            "description": "One or more images.",
+        },
+        "text": {"type": "string", "description": "A text to fuse with each image."},
+        "prompt": {"type": "string", "description": PROMPT},
+    },
+}
 
 
-def openai_responses(answer: object) -> dict[int | str, dict[str, Any]]:
-    """The description of a route in OpenAI's shapes, which OpenAI has described: an example of each."""
-    sentences = {200: "As OpenAI answers."} | STATUSES
-    return {
-        status: {
-            "description": sentence,
-            "content": {"application/json": {"example": answer if status == 200 else {"error": REFUSAL}}},
-        }
-        for status, sentence in sentences.items()
+class Body(BaseModel):
+    """A JSON body. Fields that the route does not have are kept apart, to be refused by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Texts(Body):
+    """A request of /embed/text."""
+
+    texts: Annotated[list[str], Field(fail_fast=True)] = Field(
+        description="The texts, one vector each.", examples=[["a red circle", "一个红色的圆形"]]
+    )
+    prompt: Prompt = None
+
+
+class OpenAIRequest(Body):
+    """A request in the shape of OpenAI's embeddings API, which takes images too."""
+
+    input: Annotated[str | list[Any], WithJsonSchema(OPENAI_INPUT)]
+    model: str | None = Field(None, description="Any name: there is one model.", examples=["gme"])
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64 is that of float32.")
+    dimensions: int | None = Field(None, description="Only the model's own.")
+    user: str | None = Field(None, description="Ignored.")
+    prompt: Prompt = None
+
+
+def request_body(schema: Mapping[str, Any], media_type: str = "application/json") -> dict[str, Any]:
+    """The description of a body that its route reads by itself."""
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+def responses(example: object, openai: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The description of a route's answers, with an example of each."""
+
+    def described(sentence: str, example: object) -> dict[str, Any]:
+        return {"description": sentence, "content": {"application/json": {"example": example}}}
+
+    errors = {
+        status: described(sentence, error_body(status, detail, openai))
+        for status, (sentence, detail) in STATUSES.items()
     }
+    return {200: described("The answer.", example), **errors}
 
 
-class RefusedError(HTTPException):
-    """A refusal of ours, as distinct from those of the library's parsers."""
-
-
-def error_response(request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error in the shape that the route's clients expect."""
+def error_body(status: int, message: str, openai: bool) -> dict[str, Any]:
+    """An error in our shape; on OpenAI's routes in theirs too, as clients made for Jina read `detail` there."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-    openai = {"error": {"message": message, "type": kind, "code": None}}
-    body = openai if request.scope["path"].startswith("/v1/") else {"detail": message}
+    error = {"error": {"message": message, "type": kind, "code": None}} if openai else {}
+    return {**error, "detail": message}
+
+
+def error_response(request: Request, status: int, message: str) -> Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
+    body = error_body(status, message, request.scope["path"].startswith("/v1/"))
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's own connection, with limits on what a client can make it keep.
-
-    uvicorn limits headers under h11 alone: here 100 MB of `X: a` would take 2 GB. It limits neither how long a request
-    may take to come, nor an answer to be read, nor how many requests come ahead of their answers.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.received, self.unused = 0, 0  # bytes; since a part of a body came, or the end of a request
-        self.running: RequestResponseCycle | None = None
-        self.stalls, self.seen, self.watched = 0, (0, 0), (self.cycle, False)
-        self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.watch.cancel()
-        super().connection_lost(exc)  # which tells the last request that has come, and not the one that is answered
-        if self.running is not None and not self.running.response_complete:
-            self.running.disconnected = True
-            self.running.message_event.set()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def end_stalled(self) -> None:
-        """End the connection if the client has stalled, or takes too long; look again later if not."""
-        unread, cycle = self.transport.get_write_buffer_size(), self.cycle
-        awaited = cycle is None or cycle.more_body or (cycle.response_complete and self.unused > 0)
-        if unread or (awaited and not self.pipeline):
-            self.stalls = self.stalls + 1 if self.watched == (cycle, unread > 0) else 0
-            if self.seen == (self.received, unread) or self.stalls >= MAX_STALLS:
-                self.transport.abort()
-                return
-        self.seen, self.watched = (self.received, unread), (cycle, unread > 0)
-        self.watch = self.loop.call_later(STALL_SECONDS, self.end_stalled)
-
-    def data_received(self, data: bytes) -> None:
-        for start in range(0, len(data), MAX_HEAD):
-            part = data[start : start + MAX_HEAD]
-            self.received += len(part)
-            self.unused += len(part)
-            super().data_received(part)
-            if self.transport.is_closing() or self.transport.get_protocol() is not self:
-                return
-            if self.unused > MAX_HEAD:
-                self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
-                return
-            if len(self.pipeline) > MAX_PIPELINE:
-                self.transport.abort()
-                return
-
-    def on_body(self, body: bytes) -> None:
-        self.unused = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self.unused = 0
-        super().on_message_complete()
-
-
-class BoundedRequest(Request):
-    """A request of which no parser makes seconds of work or gigabytes of objects. Raises `RefusedError`."""
-
-    async def json(self) -> Any:
-        body, start = await self.body(), self.app.state.json_start
-        if b"\0" in body:  # UTF-16, which is JSON for Python, and in which no quotation mark ends where it seems to
-            raise RefusedError(422, "body: it is not JSON in UTF-8.")
-        if start.match(body).end() < len(body):  # 31 MB of `[],` would hold the event loop for 3 s, of keys for 26
-            raise RefusedError(413, TOO_MANY_VALUES)
-        return await super().json()
-
-    async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
-        kind, options = parse_options_header(self.headers.get("content-type"))
-        if kind != b"multipart/form-data":
-            raise RefusedError(422, NO_FILE)
-        if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
-            raise RefusedError(422, "body: the charset of the form has to be UTF-8.")
-        return await super().form(**limits)
-
-
-class BoundedRoute(APIRoute):
-    """A route that gets a `BoundedRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def bounded(request: Request) -> Response:
-            return await handler(BoundedRequest(request.scope, request.receive))
-
-        return bounded
+def json_response(content: object) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the API key, before anything is read, and the limits of bodies."""
+    """ASGI middleware in front of all routes: the API key, the size of bodies, and refusals that arrive.
+
+    A client that still sends when its connection is closed may never see the answer. So the end of an early answer is
+    held back while what still comes is read and dropped, up to a bound; then the connection is closed.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
-        self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
-        self.open_bytes = 0  # of the bodies of all requests under way, and of the answers that wait to be read
+        self.too_large = TooLargeError(
+            f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
+        )
+        self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held = 0  # bytes of the body and of the answer
+        request, held = Request(scope), 0
+        length = request.headers.get("content-length", "0")
+        coming = length != "0" or "transfer-encoding" in request.headers  # whether more of the body is to be read
 
         async def receive_counted() -> Message:
-            nonlocal held
+            nonlocal held, coming
             message = await receive()
-            held += (size := len(message.get("body", b"")))
+            size, coming = len(message.get("body", b"")), message.get("more_body", False)
+            held += size
             self.open_bytes += size
             if held > self.max_body:
-                raise RefusedError(413, self.too_large, {"Connection": "close"})
+                raise self.too_large
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
-                raise RefusedError(503, "Too much is being sent: try again in a moment.", BUSY)
+                raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_counted(message: Message) -> None:
-            nonlocal held
-            if (size := len(message.get("body", b""))) > LARGE_ANSWER and not message.get("more_body"):
-                held += size
-                self.open_bytes += size
+        async def send_to_the_end(message: Message) -> None:
+            if coming and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            if coming and message["type"] == "http.response.body" and not message.get("more_body"):
                 await send({**message, "more_body": True})
-                message = {"type": "http.response.body"}  # for which uvicorn waits until the client has read the rest
+                await drop_the_rest()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        request, app = Request(scope), self.app
+        async def drop_the_rest() -> None:
+            dropped, more = 0, True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while more and dropped < LINGER_BODIES * self.max_body:
+                        message = await receive()
+                        dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
+
+        app = self.app
         if not self.admits(request):
-            app = error_response(request, 401, WRONG_KEY, {"WWW-Authenticate": "Bearer", "Connection": "close"})
-        elif int(request.headers.get("content-length", 0)) > self.max_body:
-            app = error_response(request, 413, self.too_large, {"Connection": "close"})
+            app = error_response(request, 401, STATUSES[401][1])
+        elif int(length) > self.max_body:
+            app = error_response(request, 413, str(self.too_large))
         try:
-            await app(scope, receive_counted, send_counted)
+            await app(scope, receive_counted, send_to_the_end)
         finally:
             self.open_bytes -= held
 
     def admits(self, request: Request) -> bool:
-        if self.key is None or request.scope["path"] in OPEN_PATHS or request.scope["path"].startswith(STATIC_PATH):
+        path = request.scope["path"]
+        if not self.key or path in OPEN_PATHS or path.startswith(STATIC_PATH):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(
-            key.strip(" ").encode("latin-1"), self.key.encode()
-        )
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
 
 
-def fault(error: BaseException, which: str = "") -> RefusedError:
-    """What to tell the client about an exception of the batcher; `which` names the input."""
-    status, sentence = next((status, sentence) for kind, status, sentence in FAULTS if isinstance(error, kind))
-    return RefusedError(status, which + (sentence or str(error)), {"Retry-After": "1"} if status == 503 else None)
-
-
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Job:
-    """The answered job. Raises `RefusedError` with a sentence for the client; drops work that nobody waits for."""
+async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
+    """The body as JSON of that kind. Raises `MalformedError` and `TooLargeError`."""
+    body = await request.body()
+    # Ten million `[],` would hold the event loop for seconds: what lies outside the strings is bounded before parsing.
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    bound = 64 * max_inputs + 100_000
+    if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
+        raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        job = batcher.submit(sources)
-    except UnavailableError as error:
-        raise fault(error) from None
-    answer = asyncio.wrap_future(job)
+        parsed = kind.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        sentences = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}." for fault in faults[:5])
+        raise MalformedError(" ".join(sentences)) from None
+    for name, value in (parsed.model_extra or {}).items():
+        if value is not None and value not in HARMLESS.get(name, ()):
+            instead = INSTEAD.get(name, f"{', '.join(kind.model_fields)}")
+            raise MalformedError(f"{name[:80]} is not a field of this route: use {instead}.")
+    return parsed
+
+
+async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+    """The files (name, content) and the text fields of a multipart form, kept in memory. Raises `MalformedError`."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or b"boundary" not in options:
+        raise MalformedError(FORM)
+    files: list[tuple[str, bytes]] = []
+    fields: list[tuple[str, str]] = []
+
+    def on_file(file: Any) -> None:
+        if file.field_name != b"file":
+            raise MalformedError(FORM)
+        if len(files) == max_files:
+            raise TooLargeError(f"The form has more than {max_files} files: send fewer in one request.")
+        file.file_object.seek(0)
+        files.append(((file.file_name or b"").decode("utf-8", "replace"), file.file_object.read()))
+
+    def on_field(part: Any) -> None:
+        name = part.field_name.decode("utf-8", "replace")
+        if name not in ("text", "prompt") or len(fields) == MAX_FORM_FIELDS:
+            raise MalformedError(FORM)
+        fields.append((name, (part.value or b"").decode()))
+
+    try:
+        in_memory = {"MAX_MEMORY_FILE_SIZE": math.inf}
+        parser = FormParser("multipart/form-data", on_field, on_file, boundary=options[b"boundary"], config=in_memory)
+        async for chunk in request.stream():
+            parser.write(chunk)
+    except (FormParserError, UnicodeDecodeError) as error:
+        raise MalformedError(f"body: it is not a multipart form in UTF-8 ({error}).") from None
+    if not files:
+        raise MalformedError(FORM)
+    return files, dict(fields)
+
+
+def read_item(item: object, position: int, instruction: str) -> Source:
+    """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
+    which = f"Input {position}: "
+    if isinstance(item, str):
+        if not DATA_URI.match(item):
+            return Source(item, None, instruction)
+        item = {"image": item}
+    if isinstance(item, int | list):
+        raise InputError(
+            f"{which}token ids are not embedded: send texts (in LangChain, check_embedding_ctx_length=False)."
+        )
+    if not isinstance(item, dict) or not item.keys() <= {"text", "image"}:
+        raise MalformedError(f"{which}send a text, or an object with `text`, `image` or both.")
+    text, image = item.get("text") or "", item.get("image")
+    if not isinstance(text, str) or not isinstance(image, str | None):
+        raise MalformedError(f"{which}`text` and `image` have to be strings.")
+    if image is None:
+        if not text:
+            raise InputError(f"{which}the object has neither text nor image: give it at least one.")
+        return Source(text, None, instruction)
+    if image.lower().startswith(("http:", "https:")):
+        raise InputError(f"{which}an image URL is never fetched: send the image itself, as a data URI or base64.")
+    uri = DATA_URI.match(image)
+    try:
+        if uri and uri[1].lower() != "image":
+            raise ValueError
+        encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
+        return Source(text, base64.b64decode(encoded, validate=True), instruction)
+    except ValueError:
+        raise InputError(f"{which}the image is neither base64 nor an image's data URI of base64.") from None
+
+
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
+    """The batcher's answer, unless the client leaves before: then what is not computed yet never is."""
+    answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise RefusedError(499, "The client closed the connection.")
-        if raised := answer.exception():
-            raise fault(raised, "" if job.failed is None or len(sources) == 1 else f"Input {job.failed}: ")
+            raise ClientDisconnect
+        result = answer.result()
     finally:
         gone.cancel()
         answer.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
-    TOKENS.inc(job.tokens)
-    return job
-
-
-def read_item(item: str | Item | int | list[Any], index: int, instruction: str) -> Source:
-    """An item of OpenAI's `input` as a source. Raises `RefusedError`."""
-    if isinstance(item, str):
-        return Source(item, None, instruction)
-    if not isinstance(item, Item):
-        sentence = "token ids cannot be embedded: send texts (in LangChain, check_embedding_ctx_length=False)."
-    elif item.image is None:
-        if item.text:
-            return Source(item.text, None, instruction)
-        sentence = "the object has neither text nor image: give it at least one."
-    elif item.image[:6].lower().startswith(("http:", "https:")):
-        sentence = "an image URL is never fetched: send the image itself, as a data URI or base64."
-    else:
-        with contextlib.suppress(ValueError):
-            data = item.image.partition(";base64,")[2] if item.image.startswith("data:") else item.image
-            image = base64.b64decode(data.encode("ascii").translate(None, b" \t\r\n"), validate=True)
-            return Source(item.text or "", image, instruction)
-        sentence = "the image is neither base64 nor a data URI of base64."
-    raise RefusedError(400, f"Input {index}: {sentence}")
-
-
-def explain(fault: dict[str, Any]) -> str:
-    """A sentence about a fault in the shape of a request. What the client sent is not echoed."""
-    match fault:
-        case {"type": "json_invalid", "loc": (_, position)}:
-            return f"body: it is not JSON, from character {position} on."
-        case {"loc": ("body", "file")}:
-            return NO_FILE
-        case {"loc": ("body", "input", _, *_), "type": kind} if kind != "too_long":
-            return "body.input: send a text, or a list of texts or of objects with `text`, `image` or both."
-        case {"type": "model_attributes_type"}:
-            return "body: send a JSON object, with the header `Content-Type: application/json`."
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}."
+    TOKENS.inc(result.tokens)
+    return result
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
@@ -1252,167 +1523,213 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(batcher.close)
+        async with batcher.running():
+            yield
 
+    description = f"Multimodal embeddings of text and images by `{settings.model_id}`."
     app = FastAPIOffline(
         title="GME Service",
-        description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
+        version=__version__,
+        description=description,
         lifespan=lifespan,
         redoc_url=None,
         static_url=STATIC_PATH,
-        form_limits={"max_files": 1, "max_fields": 16, "max_part_size": int(settings.max_body_mb * 2**20)},
-        responses={status: {"model": Error, "description": sentence} for status, sentence in STATUSES.items()},
-        dependencies=[Depends(HTTPBearer(auto_error=False, description="Needed when GME_API_KEY is set."))],
     )
-    app.state.batcher = batcher
-    app.state.json_start = re.compile(JSON_START % (20 * settings.max_inputs + 100_000), re.DOTALL)
-    app.router.route_class = BoundedRoute
     app.add_middleware(Guard, settings=settings)
+    key = [Depends(HTTPBearer(auto_error=False, description="GME_API_KEY"))] if settings.api_key else []
+    ours, openai, state = (
+        APIRouter(tags=["GME"], dependencies=key),
+        APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=key),
+        APIRouter(tags=["State"]),
+    )
+    names = {
+        "model": settings.model_id,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "version": __version__,
+    }
+    MODEL_INFO.labels(**names).set(1)
+    QUEUE_DEPTH.set_function(lambda: batcher.depth)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-        if error.status_code == 400 and not isinstance(error, RefusedError):
-            reason = error.detail.rstrip(".")
-            sentence = f"body: it cannot be read ({reason}): send JSON in UTF-8, or a form with one file."
-            return error_response(request, 422, sentence)
-        return error_response(request, error.status_code, error.detail, error.headers)
+    @app.exception_handler(ServiceError)
+    async def on_service_error(request: Request, error: ServiceError) -> Response:
+        if error.status == 500:
+            log.error("%s", error)
+        return error_response(request, error.status, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def on_malformed(request: Request, error: RequestValidationError) -> Response:
-        status = 413 if any(fault["type"] == "too_long" for fault in error.errors()) else 422
-        return error_response(request, status, " ".join(dict.fromkeys(map(explain, error.errors()[:5]))))
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        return error_response(request, error.status_code, error.detail)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, _: Exception) -> Response:
-        return error_response(request, 500, "A fault of the service: its log says more.")
+        return error_response(request, 500, STATUSES[500][1])
 
     def check_count(inputs: Sequence[object], name: str) -> None:
+        most = min(settings.max_inputs, settings.max_queue)
         if not inputs:
-            raise RefusedError(400, f"{name} is empty: send at least one.")
-        if len(inputs) > (most := min(settings.max_inputs, settings.max_queue)):
-            raise RefusedError(413, f"{name} has {len(inputs)} inputs: send at most {most} in one request.")
+            raise InputError(f"{name} is empty: send at least one.")
+        if len(inputs) > most:
+            raise TooLargeError(f"{name} has {len(inputs)} inputs: send at most {most} in one request.")
 
-    def json_response(content: object) -> Response:
-        return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
-
-    @app.post("/embed/text", response_model=Embeddings, summary="Embed texts")
-    async def embed_text(request: Request, body: Texts) -> Response:
-        """One vector per text, in their order."""
+    @ours.post(
+        "/embed/text",
+        summary="Embed texts",
+        responses=responses(EMBEDDINGS),
+        openapi_extra=request_body(Texts.model_json_schema()),
+    )
+    async def embed_text(request: Request) -> Response:
+        """One embedding per text, in their order."""
+        body = await read_json(request, Texts, settings.max_inputs)
         check_count(body.texts, "texts")
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        job = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
-        return json_response({"embeddings": job.vectors})
+        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
+        return json_response({"embeddings": answer.embeddings})
 
-    @app.post("/embed/image", response_model=Embeddings, summary="Embed an image, alone or fused with a text")
-    async def embed_image(
-        request: Request, form: Annotated[ImageForm, Form(media_type="multipart/form-data")]
-    ) -> Response:
-        """One vector for the image, or for image and text together."""
-        source = Source(form.text, await form.file.read(), form.prompt or DEFAULT_INSTRUCTION)
-        job = await embed(request, batcher, [source])
-        return json_response({"embeddings": job.vectors})
+    @ours.post(
+        "/embed/image",
+        summary="Embed images, alone or fused with a text",
+        responses=responses(EMBEDDINGS),
+        openapi_extra=request_body(IMAGE_FORM, "multipart/form-data"),
+    )
+    async def embed_image(request: Request) -> Response:
+        """One embedding per file, in their order; with `text`, each of image and text together."""
+        files, fields = await read_form(request, settings.max_inputs)
+        check_count(files, "file")
+        text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
+        sources = [
+            Source(text, content, instruction, f"File {position} ({name}): ")
+            for position, (name, content) in enumerate(files, start=1)
+        ]
+        answer = await embed(request, batcher, sources)
+        return json_response({"embeddings": answer.embeddings})
 
-    @app.post("/v1/embeddings", responses=openai_responses(EMBEDDING_LIST), summary="Embed as with OpenAI's API")
-    async def openai_embeddings(request: Request, body: OpenAIRequest) -> Response:
-        """OpenAI's list object, with one embedding per input in their order."""
+    @openai.post(
+        "/embeddings",
+        summary="Embed as with OpenAI's API",
+        responses=responses(OPENAI_EMBEDDINGS, openai=True),
+        openapi_extra=request_body(OpenAIRequest.model_json_schema()),
+    )
+    async def openai_embeddings(request: Request) -> Response:
+        """OpenAI's list object, with one embedding per input in their order. Images are data URIs or base64."""
+        body = await read_json(request, OpenAIRequest, settings.max_inputs)
         if body.dimensions not in (None, model.dimension):
-            sentence = f"dimensions can only be {model.dimension}: this model was not trained to be cut."
-            raise RefusedError(400, sentence)
+            raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
         items = [body.input] if isinstance(body.input, str) else body.input
         check_count(items, "input")
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        job = await embed(request, batcher, [read_item(item, index, instruction) for index, item in enumerate(items)])
-        numbers = body.encoding_format != "base64"
-        vectors = job.vectors if numbers else [base64.b64encode(vector.tobytes()).decode() for vector in job.vectors]
+        sources = [read_item(item, position, instruction) for position, item in enumerate(items, start=1)]
+        answer = await embed(request, batcher, sources)
+        vectors: Sequence[Any] = answer.embeddings
+        if body.encoding_format == "base64":
+            vectors = [base64.b64encode(vector.tobytes()).decode() for vector in answer.embeddings]
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+        usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @app.get("/v1/models", responses=openai_responses(MODEL_LIST), summary="The one model, as with OpenAI's API")
+    @openai.get("/models", summary="The one model, as with OpenAI's API")
     async def openai_models() -> Response:
         """OpenAI's list of models."""
-        owner = settings.model_id.partition("/")[0]
-        entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": owner}
-        return json_response({"object": "list", "data": [entry]})
+        entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
+        more = {"dimension": model.dimension, "max_length": settings.max_length}
+        return json_response({"object": "list", "data": [entry | more]})
 
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}}, summary="Whether the service works")
+    @state.get("/health", summary="Whether the service works")
     async def health() -> Response:
-        """Which model runs, where, and how much waits for it."""
-        state = Health(
-            status="ok" if batcher.alive else "the model thread has ended",
-            model=settings.model_id,
-            device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            dimension=model.dimension,
-            queue_depth=batcher.depth,
-        )
-        return Response(state.model_dump_json(), 200 if batcher.alive else 503, media_type="application/json")
-
-    instrumentator = Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS)
-    instrumentator.expose(app, summary="Metrics for Prometheus", response_class=PlainTextResponse)
+        """Which model runs, where, and how much waits for it; status 503 when it has ended."""
+        status = "ok" if batcher.alive else "the model has ended"
+        body = {"status": status, **names, "dimension": model.dimension, "queue_depth": batcher.depth}
+        return Response(orjson.dumps(body), 200 if batcher.alive else 503, media_type="application/json")
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse("docs")
 
+    instrumentator = Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS)
+    instrumentator.expose(app, summary="Metrics for Prometheus", response_class=PlainTextResponse, tags=["State"])
+    for router in (ours, openai, state):
+        app.include_router(router)
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-DEATH_SECONDS = 10  # for the answers under way, when the model thread has ended
-
-
-def default_batch_tokens(device: torch.device) -> int:
-    """Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait."""
-    return 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+DEATH_SECONDS = 10  # for the answers under way, when the batcher has ended
+PROBES = (
+    "A red circle on a white ground, and nothing else to be seen.",
+    "a photograph of a harbour at dusk, with boats",
+)
 
 
 def build() -> FastAPI:
-    """Load the model and return the app that serves it. Raises `SystemExit` with a sentence when it cannot."""
+    """Load the model and return the app that serves it. Raises `StartError`."""
     started = time.perf_counter()
-    died = threading.Event()
-
-    def end_process() -> None:
-        died.set()
-        os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
-        hard_end = threading.Timer(DEATH_SECONDS, os._exit, (1,))
-        hard_end.daemon = True
-        hard_end.start()
-
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(died.is_set())))
-    # uvicorn has chosen the class of its connections by now, but makes each of them anew
-    HttpToolsProtocol.__new__ = lambda *_, **__: object.__new__(Connection)  # type: ignore[assignment]
     settings = Settings.load()
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    max_tokens = settings.max_batch_tokens or default_batch_tokens(device)
     directory = find_checkpoint(settings)
-    prepare = Preparer(directory, settings.max_length, settings.max_image_pixels)
-    model = Model(directory, device, dtype)
-    model.embed([one for one in prepare([Source("warm up")]) if isinstance(one, Input)])
+    prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
+    model = Model(directory, device, choose_dtype(settings.dtype, device))
+    model.check([one for one in prepare([Source(text) for text in PROBES]) if isinstance(one, Input)])
     gc.collect()
     gc.freeze()  # what is loaded by now stays, and going over it took the collector a third of the event loop's time
-    batcher = Batcher(prepare, model.embed, model.dimension, settings, max_tokens)
+    # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
+    batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+    cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + CACHE_ENTRY_BYTES))
+    batcher = Batcher(
+        prepare, model.embed, settings.max_batch_tokens or batch_tokens, settings.max_queue, cache_entries
+    )
+    exit_code = 0
+
+    def end_process() -> None:
+        nonlocal exit_code
+        exit_code = 1
+        asyncio.get_running_loop().call_later(DEATH_SECONDS, os._exit, 1)
+        os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
+
     batcher.on_death = end_process
-    QUEUE_DEPTH.set_function(lambda: batcher.depth)
-    name, seconds = f"{settings.model_id} on {device} in {dtype}", time.perf_counter() - started
-    log.info("%s: %d dimensions, loaded in %.1f s from %s.", name, model.dimension, seconds, directory)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code))
+    log.info(
+        "GME Service %s: %s on %s in %s, %d dimensions, loaded in %.1f s from %s; %s.",
+        *(
+            __version__,
+            settings.model_id,
+            device,
+            model.dtype,
+            model.dimension,
+            time.perf_counter() - started,
+            directory,
+        ),
+        "an API key is needed" if settings.api_key else "no API key is needed",
+    )
     return create_app(settings, batcher, model)
 
 
-if __name__ == "__main__":
-    # uvicorn with its own flags, in this process but from the start: it imports this file by its name
-    if "--help" in sys.argv:
-        print("python gme_service.py [OPTIONS]: on all addresses and port 8000 unless the options of uvicorn, below,")
-        print("say otherwise. The settings are environment variables, GME_*: see README.md.\n", flush=True)
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
-    os.execv(sys.executable, [*command, "--host", "0.0.0.0", *sys.argv[1:]])
+def main(arguments: list[str]) -> None:
+    """`python gme_service.py`: uvicorn with its own options, or one of ours. Raises `StartError`."""
+    if arguments == ["--version"]:
+        print(__version__)
+    elif arguments == ["--verify"]:
+        print(verify(Settings.load()))
+    else:
+        if "--help" in arguments:
+            print("python gme_service.py [--verify | --version | OPTIONS of uvicorn, below]: serves on all addresses,")
+            print("port 8000. The settings are environment variables GME_*: see README.md.\n", flush=True)
+        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
+        os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])
+
+
 try:
-    app = build()
-except SystemExit as end:
-    print(end, file=sys.stderr)
-    sys.exit(3)  # for uvicorn a failed start: it does not start its workers again and again
+    if __name__ == "__main__":
+        main(sys.argv[1:])
+    else:
+        app = build()
+except StartError as error:
+    print(error, file=sys.stderr)
+    # uvicorn starts a worker again and again unless it ends with 3
+    sys.exit(3 if multiprocessing.parent_process() else error.exit_code)

@@ -38,9 +38,9 @@ Row = tuple[str, list[float]]  # what with its unit, and a number for each side
 
 
 def jpeg(size: str) -> bytes:
-    """A file of about the size that a photo's has."""
+    """A file of 0.2 bytes a pixel, as a photo has."""
     width, height = map(int, size.split("x"))
-    coarse, file = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), np.uint8), io.BytesIO()
+    coarse, file = np.random.default_rng(0).integers(0, 255, (height // 16, width // 16, 3), np.uint8), io.BytesIO()
     Image.fromarray(coarse).resize((width, height)).save(file, "JPEG", quality=90)
     return file.getvalue()
 

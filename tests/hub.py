@@ -74,7 +74,10 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked[1]) if asked else 0
         self.hub.fetches.append((name, start))
         content = self.hub.wrong.get(name) or self.hub.files[name]
-        self.send(206 if start else 200, b"", len(content) - start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
         if (stall := self.hub.stalls.get(name)) and start < stall.at:
             self.wfile.write(content[start : stall.at])
             start = stall.at
@@ -82,9 +85,9 @@ class Handler(BaseHTTPRequestHandler):
             stall.released.wait()
         self.wfile.write(content[start : self.hub.cuts.pop(name, len(content))])
 
-    def send(self, status: int, body: bytes, length: int = 0) -> None:
+    def send(self, status: int, body: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(length or len(body)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 

@@ -260,7 +260,7 @@ class Source:
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
-    name: str = ""  # which an error begins with, as "Input 2: "
+    name: str = ""  # which an error begins with; empty: its position
 
     @property
     def weight(self) -> int:
@@ -472,9 +472,8 @@ class VisionTower:
         mean, std = (patches.new_tensor(x, dtype=torch.float32)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
-        hidden = functional.linear(
-            pixels.flatten(1), self.ends["patch_embed.proj"].weight.sum(2).flatten(1)
-        )  # (P, width)
+        weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
+        hidden = functional.linear(pixels.flatten(1), weight)  # (P, width)
         angles = torch.cat([self.angles(*grid) for grid in grids]).to(hidden.device)[:, None, None]
         lengths = [rows * columns for rows, columns in grids]
         for block in self.blocks:
@@ -622,29 +621,25 @@ class Model:
         if self.device.type == "cpu":
             small = sum(path.stat().st_size for path in paths) < 200_000_000
             make, self.decoder.gated, self.vision.attend = speed_up_on_cpu(self.dtype, small)
-        stored: dict[str, tuple[Any, str]] = {}
+        stored = {}
         for file in [safe_open(path, framework="pt") for path in paths]:
             for name in file.keys():  # noqa: SIM118  # a file is no mapping
                 # a current transformers saves other names than the published ones
-                stored[name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")] = (
-                    file,
-                    name,
-                )
+                published = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                stored[published] = lambda file=file, name=name: file.get_tensor(name)
         layers = {"visual.": self.vision.ends, "model.": self.decoder.ends}
         layers |= {f"visual.blocks.{number}.": block for number, block in enumerate(self.vision.blocks)}
         layers |= {f"model.layers.{number}.": layer for number, layer in enumerate(self.decoder.layers)}
         for prefix, path, module in ((prefix, path, layer[path]) for prefix, layer in layers.items() for path in layer):
             dtype = self.dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
             for leaf, parameter in list(module.named_parameters()):
-                file, name = stored.get(f"{prefix}{path}.{leaf}", (None, ""))
-                tensor = file.get_tensor(name) if file else torch.empty(0)
-                if tensor.shape != parameter.shape:
-                    found, expected = tuple(tensor.shape) if file else "missing", tuple(parameter.shape)
-                    raise StartError(
-                        f"{directory}: the weight {prefix}{path}.{leaf} is {found}, and has to be {expected}."
-                    )
-                tensor = tensor.to(self.device, dtype, copy=True)
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+                name, expected = f"{prefix}{path}.{leaf}", tuple(parameter.shape)
+                tensor = stored[name]() if name in stored else torch.empty(0)
+                if tensor.shape != expected:
+                    found = tuple(tensor.shape) if name in stored else "missing"
+                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {expected}.")
+                weight = tensor.to(self.device, dtype, copy=True)
+                setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
             if make and isinstance(module, nn.Linear):
                 layers[prefix][path] = make(module)
 
@@ -750,12 +745,10 @@ class Waiting:
     """A source in the queue: the lowest order goes first."""
 
     source: Source
+    name: str  # in an error
     future: asyncio.Future[np.ndarray]
     arrived: float
-    order: tuple[int, int] = (
-        0,
-        0,
-    )  # (where the queue was when its request came + rank within it, number of the request)
+    order: tuple[int, int] = (0, 0)  # (where the queue was when the request came + rank in it, number of the request)
     input: Any = None  # once it is prepared
 
 
@@ -818,7 +811,9 @@ class Batcher:
             raise BusyError(BusyError.example)
         self.requests += 1
         loop, now = asyncio.get_running_loop(), time.perf_counter()
-        request = [Waiting(source, loop.create_future(), now) for source in sources]
+        names = [source.name or f"Input {number}: " for number, source in enumerate(sources, start=1)]
+        pairs = zip(sources, names if len(sources) > 1 else [sources[0].name], strict=True)
+        request = [Waiting(source, name, loop.create_future(), now) for source, name in pairs]
         for rank, one in enumerate(sorted(request, key=lambda one: one.source.weight)):
             one.order = (self.clock + rank, self.requests)
             heapq.heappush(self.unprepared, (one.order, one))
@@ -969,7 +964,7 @@ class Batcher:
     def finish(group: Sequence[Waiting], result: Any) -> None:
         for one in group:
             if not one.future.done() and isinstance(result, ServiceError):
-                one.future.set_exception(type(result)(f"{one.source.name}{result}"))
+                one.future.set_exception(type(result)(f"{one.name}{result}"))
             elif not one.future.done():
                 one.future.set_result(result)
 
@@ -1182,7 +1177,7 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
         raise InputError(f"{name}{either}, and no token ids (in LangChain: check_embedding_ctx_length=False).")
     text, image = item.get("text") or "", item.get("image")
     if image is None:
-        return Source(text, None, instruction, name)
+        return Source(text, None, instruction)
     uri = DATA_URI.match(image)
     try:
         if uri and uri[1].lower() != "image":
@@ -1191,7 +1186,7 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     except ValueError:
         sentence = "send an image as base64 or as its data URI (an URL is never fetched)."
         raise InputError(name + sentence) from None
-    return Source(text, data, instruction, name)
+    return Source(text, data, instruction)
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], max_inputs: int) -> Answer:
@@ -1244,8 +1239,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, settings.max_inputs)
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        sources = [Source(text, None, instruction, f"Input {n}: ") for n, text in enumerate(body.texts, start=1)]
-        answer = await embed(request, batcher, sources, most)
+        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts], most)
         return json_response({"embeddings": answer.embeddings})
 
     @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))

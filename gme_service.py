@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __version__ = "2.0.0"
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it has a line for every broken form
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
 
 
@@ -134,7 +135,9 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR has to be the whole path of a directory: {error}")
+            faults.append(
+                f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give the whole path of a directory."
+            )
         if faults:
             raise StartError("\n".join(faults))
         if "GME_API_KEY" in os.environ and not settings.api_key:
@@ -469,7 +472,7 @@ class VisionTower:
 
     def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
-        mean, std = (patches.new_tensor(x, dtype=torch.float32)[:, None] for x in (self.mean, self.std))
+        mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
         weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
@@ -993,6 +996,7 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # a PNG of one
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
@@ -1009,7 +1013,7 @@ class ImageForm(BaseModel):
 
 
 class OpenAIRequest(BaseModel):
-    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"text": "一个红色的圆形"}]])
+    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"image": PIXEL}]])
     model: str | None = Field(None, description="Any name: there is one model.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Only the model's own.")

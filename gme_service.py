@@ -732,6 +732,8 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 BATCH_PADDING = Histogram("gme_batch_padding_ratio", "Share of padding in a batch.", buckets=[n / 20 for n in range(6)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
+Prepare = Callable[[Sequence[Source]], Iterable[Input | ServiceError]]
+Compute = Callable[[Sequence[Input]], Iterable[np.ndarray]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -782,12 +784,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
-        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
-        max_tokens: int,
-        max_queue: int = 16384,
-        cache_entries: int = 0,
+        self, prepare: Prepare, compute: Compute, max_tokens: int, max_queue: int = 16384, cache_entries: int = 0
     ) -> None:
         self.prepare, self.compute, self.on_death = prepare, compute, lambda: None
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
@@ -1201,12 +1198,14 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
         raise TooLargeError(f"The request has {len(sources)} inputs: send at most {max_inputs}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
-    await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-    if not answer.done():
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        result = answer.result()
+    finally:
         answer.cancel()
-        raise ClientDisconnect
-    gone.cancel()
-    result = answer.result()
+        gone.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
     TOKENS.inc(result.tokens)
@@ -1252,9 +1251,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         files, fields = await read_form(request, settings.max_inputs)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
-        answer = await embed(
-            request, batcher, [Source(text, content, instruction, name) for name, content in named], most
-        )
+        sources = [Source(text, content, instruction, name) for name, content in named]
+        answer = await embed(request, batcher, sources, most)
         return json_response({"embeddings": answer.embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
@@ -1294,19 +1292,15 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     app.include_router(ours)
     app.include_router(openai)
-    Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS).expose(
-        app, tags=["State"]
-    )
+    instrumentator = Instrumentator(should_group_status_codes=False)
+    instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = (
-    "A red circle on a white ground, and nothing else to be seen.",
-    "a photograph of a harbour at dusk, with boats",
-)
+PROBES = ("A red circle on a white ground, and nothing else to be seen.", "a photograph of a harbour, with boats")
 
 
 def build() -> FastAPI:
@@ -1320,14 +1314,13 @@ def build() -> FastAPI:
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
-    batcher = Batcher(
-        prepare, model.embed, settings.max_batch_tokens or batch_tokens, settings.max_queue, cache_entries
-    )
+    max_tokens = settings.max_batch_tokens or batch_tokens
+    batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
 
     def end_process() -> None:
+        died.set()
         asyncio.get_running_loop().call_later(10, os._exit, 1)  # s, for the answers under way
         os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
-        died.set()
 
     batcher.on_death, died = end_process, threading.Event()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -1348,9 +1341,7 @@ def main(arguments: list[str]) -> None:
         print(verify(Settings.load()))
     else:
         if "--help" in arguments:
-            print(
-                "python gme_service.py [--verify | --version | options of uvicorn]: serves on all addresses, port 8000."
-            )
+            print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
             print("The settings are environment variables GME_*: see README.md.\n", flush=True)
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
         os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])

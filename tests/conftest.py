@@ -1,13 +1,14 @@
-"""What the tests share: the toy checkpoint, the authors' vectors, and real servers in processes of their own."""
+"""What the tests share: the checkpoints, the authors' vectors, and the service in processes of its own."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import httpx
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 TOY = TESTS / "models" / "toy" / "shapes"
+WIDE = TESTS / "models" / "toy" / "wide"  # random weights in the 7B's proportions, as a current transformers saves them
 IMAGES = TESTS / "golden" / "images"
 ENVIRONMENT = {
     "GME_MODEL_DIR": str(TESTS / "models"),
@@ -25,6 +27,7 @@ ENVIRONMENT = {
     "GME_DEVICE": "cpu",
     "GME_DTYPE": "float32",
     "TOKENIZERS_PARALLELISM": "false",
+    "UVICORN_HTTP": "h11",  # as the systemd unit has it
 }
 for name in [name for name in os.environ if name.startswith(("GME_", "UVICORN_", "MODELSCOPE_"))]:
     del os.environ[name]
@@ -37,29 +40,30 @@ class Case:
     """One golden input and the vector that the authors' own code gives for it."""
 
     number: int
-    text: str
-    image: str | None
-    prompt: str | None
     vector: np.ndarray
+    text: str = ""
+    image: str | None = None
+    prompt: str | None = None
 
     @property
     def data(self) -> bytes | None:
+        """The image file, if any."""
         return None if self.image is None else (IMAGES / self.image).read_bytes()
 
 
-def golden() -> list[Case]:
-    cases = json.loads((TESTS / "golden" / "cases.json").read_text())
-    vectors = np.load(TESTS / "golden" / "vectors.npy")
-    return [
-        Case(number, case.get("text", ""), case.get("image"), case.get("prompt"), vector)
-        for number, (case, vector) in enumerate(zip(cases, vectors, strict=True))
-    ]
+def golden(wide: bool = False) -> list[Case]:
+    """The cases of the toy checkpoint, or those of the wide one."""
+    folder = TESTS / "golden"
+    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    numbers = json.loads((folder / "wide_cases.json").read_text()) if wide else range(len(cases))
+    vectors = np.load(folder / ("wide_vectors.npy" if wide else "vectors.npy"))
+    return [Case(number, vector, **cases[number]) for number, vector in zip(numbers, vectors, strict=True)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     toy = "a running server of the toy checkpoint, on a CPU in float32"
     parser.addoption("--url", help=f"run the tests that need nothing but HTTP against {toy}")
-    parser.addoption("--strict-url", help=f"the same with {toy}, and with the settings STRICT of test_http.py")
+    parser.addoption("--strict-url", help=f"the same with {toy}, and with the settings of the tests of limits")
 
 
 @dataclass
@@ -80,6 +84,12 @@ class Server(Address):
     log: Path
 
 
+def run(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the checkout until it ends by itself."""
+    options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 90}
+    return subprocess.run([*prefix, sys.executable, *arguments], **options)
+
+
 @contextlib.contextmanager
 def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """Run `uvicorn gme_service:app` on a free port until the block ends."""
@@ -88,29 +98,24 @@ def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), *arguments]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output, text=True
-        )
-        server = Server(f"http://127.0.0.1:{port}", process, log)
+        options = {"cwd": ROOT, "env": os.environ | environment, "stdout": output, "stderr": output, "text": True}
+        process = subprocess.Popen(command, **options)
         try:
-            wait_until_open(server)
-            yield server
+            yield wait_until_open(Server(f"http://127.0.0.1:{port}", process, log))
         finally:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # which does nothing when it has ended
 
 
-def wait_until_open(server: Server, seconds: float = 120) -> None:
+def wait_until_open(server: Server, seconds: float = 120) -> Server:
     """The port opens when the model is loaded; poll it, as nothing else says so."""
     deadline = time.monotonic() + seconds
     while server.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             httpx.get(f"{server.url}/health", timeout=5)
-            return
+            return server
         time.sleep(0.05)
     pytest.fail(f"The server did not start:\n{server.log.read_text()}")
 
@@ -120,10 +125,10 @@ def serve_or_use(config: pytest.Config, option: str, log: Path, **environment: s
     """The server that the command line names with `option`; when it names none at all, one of our own."""
     if url := config.getoption(option):
         yield Address(url)
-        return
-    skip_with_an_address(config, f"no {option} is given")
-    with serve(log, **environment) as running:
-        yield running
+    else:
+        skip_with_an_address(config, f"no {option} is given")
+        with serve(log, **environment) as running:
+            yield running
 
 
 def skip_with_an_address(config: pytest.Config, reason: str) -> None:
@@ -149,7 +154,5 @@ def start(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Callable[...,
     """Start further servers, with uvicorn arguments and environment variables of the test's own."""
     skip_with_an_address(pytestconfig, "it starts servers of its own")
     with contextlib.ExitStack() as stack:
-        numbers = iter(range(100))
-        yield lambda *arguments, **environment: stack.enter_context(
-            serve(tmp_path / f"server-{next(numbers)}.log", *arguments, **environment)
-        )
+        logs = (tmp_path / f"server-{number}.log" for number in itertools.count())
+        yield lambda *arguments, **environment: stack.enter_context(serve(next(logs), *arguments, **environment))

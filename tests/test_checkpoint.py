@@ -1,4 +1,4 @@
-"""The room Checkpoint: processes of the service, with the real ModelScope client, against a hub on loopback."""
+"""Room Checkpoint: the service and the real ModelScope client against a hub on loopback, and files that changed."""
 
 import contextlib
 import os
@@ -9,13 +9,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, Server, golden
+from conftest import ROOT, TOY, Server, golden, run
 from hub import Hub, serve_hub
 
 import gme_service as gme
@@ -23,6 +22,9 @@ import gme_service as gme
 SHARDS = sorted(path.name for path in TOY.glob("*.safetensors"))
 LOAD = "import gme_service"  # what uvicorn does before it opens the port
 CLOSED_PORT = "http://127.0.0.1:9"
+SERVE = "import sys, uvicorn; sys.argv = ['uvicorn', 'gme_service:app', '--port', '0']; uvicorn.main()"
+NOT_READ = {"merges.txt", "vocab.json", "tokenizer_config.json"}  # what other code reads of a checkpoint
+ONE_ATTEMPT = {"MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}  # the client would try for 7 s
 
 Launch = Callable[..., subprocess.Popen[str]]
 
@@ -48,40 +50,30 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def launch(environment: dict[str, str]) -> Iterator[Launch]:
     """Start a Python process that runs `code`, with environment variables of the test's own."""
-    processes: list[subprocess.Popen[str]] = []
+    with contextlib.ExitStack() as processes:
 
-    def launch(code: str = LOAD, **variables: str) -> subprocess.Popen[str]:
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                cwd=ROOT,
-                env=os.environ | environment | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return processes[-1]
+        def launch(code: str = LOAD, **variables: str) -> subprocess.Popen[str]:
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            variables = os.environ | environment | variables
+            process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, **options)
+            processes.callback(process.communicate)
+            processes.callback(process.kill)
+            return process
 
-    yield launch
-    for process in processes:
-        process.kill()
-        process.communicate()
+        yield launch
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """The files of the checkpoint that are there, and no others that may lie beside them."""
+    return {
+        path.name: (directory / path.name).read_bytes() for path in TOY.iterdir() if (directory / path.name).exists()
+    }
 
 
-def assert_ends_with_a_sentence(process: subprocess.Popen[str]) -> str:
-    """The process gives up, and the last that it prints is one line that says why; returns that line."""
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
-    assert not output
-    assert "Traceback" not in errors
-    sentence = errors.splitlines()[-1]
-    assert sentence.startswith("No checkpoint of toy/shapes: ")
-    return sentence
+def zero(path: Path, start: int = 200_000, size: int = 300_000) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
 
 
 def test_the_first_start_downloads_the_checkpoint_and_serves_it(
@@ -104,9 +96,7 @@ def test_the_first_start_downloads_the_checkpoint_and_serves_it(
 
 def test_a_complete_checkpoint_needs_no_hub_no_client_and_no_write(checkpoint: Path, launch: Launch) -> None:
     shutil.copytree(TOY, checkpoint)
-    for path in [*checkpoint.iterdir(), checkpoint, *checkpoint.parents[:2]]:
-        path.chmod(0o555)
-    before = contents(checkpoint.parents[1])
+    before = sorted(checkpoint.parents[1].rglob("*"))
 
     process = launch(
         "import sys, gme_service; print([name for name in sys.modules if name.startswith('modelscope')])",
@@ -116,9 +106,7 @@ def test_a_complete_checkpoint_needs_no_hub_no_client_and_no_write(checkpoint: P
 
     assert process.returncode == 0, errors
     assert output == "[]\n"
-    assert contents(checkpoint.parents[1]) == before
-    for path in [checkpoint, *checkpoint.parents[:2]]:
-        path.chmod(0o755)
+    assert sorted(checkpoint.parents[1].rglob("*")) == before
 
 
 def test_a_download_that_was_killed_goes_on_where_it_ended(hub: Hub, checkpoint: Path, launch: Launch) -> None:
@@ -133,15 +121,14 @@ def test_a_download_that_was_killed_goes_on_where_it_ended(hub: Hub, checkpoint:
     killed.kill()
     killed.wait()
 
-    received = part.stat().st_size
-    finished = {path.name for path in checkpoint.iterdir() if path.suffix != ".incomplete"}
+    received, finished = part.stat().st_size, contents(checkpoint)
     assert SHARDS[2] not in finished
     hub.fetches.clear()
     stall.released.set()
 
     assert launch().wait(60) == 0
     assert hub.starts(SHARDS[2]) == [received]
-    assert not finished & {fetch.file for fetch in hub.fetches}
+    assert not finished.keys() & set(hub.fetched())
     assert contents(checkpoint) == contents(TOY)
 
 
@@ -150,38 +137,44 @@ def test_a_missing_and_a_truncated_shard_are_fetched_again_and_nothing_else(
 ) -> None:
     shutil.copytree(TOY, checkpoint)
     (checkpoint / SHARDS[0]).unlink()
-    with (checkpoint / SHARDS[2]).open("r+b") as shard:
-        shard.truncate(700_000)
+    os.truncate(checkpoint / SHARDS[2], 700_000)
 
-    process = launch(GME_MODEL_REVISION="v1.1.0")
-
-    assert process.wait(60) == 0
-    assert {fetch.file for fetch in hub.fetches} == {SHARDS[0], SHARDS[2]}
+    assert launch(GME_MODEL_REVISION="v1.1.0").wait(60) == 0
+    assert set(hub.fetched()) == {SHARDS[0], SHARDS[2]}
     assert hub.revisions == {"v1.1.0"}
     assert contents(checkpoint) == contents(TOY)
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in TOY.glob("*.*")} - NOT_READ))
+def test_a_checkpoint_is_complete_when_every_file_is_whole(checkpoint: Path, name: str) -> None:
+    shutil.copytree(TOY, checkpoint)
+    assert gme.is_complete(checkpoint)
+    os.truncate(checkpoint / name, (checkpoint / name).stat().st_size - 10)
+    assert not gme.is_complete(checkpoint)
+    (checkpoint / name).unlink()
+    assert not gme.is_complete(checkpoint)
+
+
+def sentence(process: subprocess.Popen[str]) -> str:
+    """The process gives up for now, to be started again; returns the line that says why, the last that it prints."""
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert not output
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
 
 
 def test_a_shard_with_wrong_bytes_is_refused(hub: Hub, checkpoint: Path, launch: Launch) -> None:
     right = (TOY / SHARDS[1]).read_bytes()
     hub.wrong[SHARDS[1]] = right[:-1] + bytes([right[-1] ^ 1])
-
-    sentence = assert_ends_with_a_sentence(launch())
-
-    assert f"{SHARDS[1]}: [E2020] Hash mismatch" in sentence
-    assert not list(checkpoint.glob(f"{SHARDS[1]}*"))
+    assert SHARDS[1] in sentence(launch())
+    assert SHARDS[1] not in contents(checkpoint)
 
 
 def test_with_no_hub_and_no_files_a_sentence_says_what_to_do(checkpoint: Path, launch: Launch) -> None:
-    process = launch(
-        "import uvicorn; uvicorn.run('gme_service:app', port=0)",
-        MODELSCOPE_ENDPOINT=CLOSED_PORT,
-        MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS="1",  # the client would try for 7 s
-    )
-
-    sentence = assert_ends_with_a_sentence(process)
-
+    reason = sentence(launch(SERVE, MODELSCOPE_ENDPOINT=CLOSED_PORT, **ONE_ATTEMPT))
     for part in (str(checkpoint), CLOSED_PORT, "Connection refused", "by hand", "GME_MODEL_DIR", "MODELSCOPE_ENDPOINT"):
-        assert part in sentence
+        assert part in reason
 
 
 def test_two_processes_that_start_together_download_once(hub: Hub, checkpoint: Path, launch: Launch) -> None:
@@ -203,8 +196,19 @@ import gme_service
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
     assert hub.listings == 1
-    assert Counter(fetch.file for fetch in hub.fetches) == Counter(path.name for path in TOY.iterdir())
+    assert sorted(hub.fetched()) == sorted(hub.files)
     assert contents(checkpoint) == contents(TOY)
+
+
+def test_two_workers_outlive_a_download_and_both_serve(
+    hub: Hub, environment: dict[str, str], start: Callable[..., Server]
+) -> None:
+    server = start("--workers", "2", **environment)
+    while server.log.read_text().count("loaded in") < 2:
+        assert server.process.poll() is None
+        time.sleep(0.05)
+    assert "died" not in server.log.read_text()  # uvicorn ends a worker that it believes to hang
+    assert hub.listings == 1
 
 
 def test_in_a_terminal_the_download_shows_how_far_it_is(
@@ -214,9 +218,8 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(
     terminal, inner = pty.openpty()
     termios.tcsetwinsize(inner, (24, 120))
     often = {"TQDM_MININTERVAL": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD], cwd=ROOT, env=os.environ | environment | often, stderr=inner
-    )
+    command = [sys.executable, "-c", LOAD]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment | often, stderr=inner)
     os.close(inner)
 
     shown = ""
@@ -229,7 +232,6 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(
 
     assert process.wait(60) == 0
     assert re.search(r"\rDownloading: 100%\|", shown)
-    assert contents(checkpoint) == contents(TOY)
 
 
 def test_a_log_gets_a_line_for_every_half_gigabyte(caplog: pytest.LogCaptureFixture) -> None:
@@ -237,18 +239,57 @@ def test_a_log_gets_a_line_for_every_half_gigabyte(caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO"):
         for _ in range(1000):
             progress.update(1_000_000)
-    assert caplog.messages == [f"model-00001-of-00002.safetensors: {part} of 1.0 GB" for part in ("0.5", "1.0")]
+    assert [re.findall(r"\d\.\d", line) for line in caplog.messages] == [["0.5", "1.0"], ["1.0", "1.0"]]
 
 
-def test_two_workers_download_once_and_both_serve(
-    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Callable[..., Server]
+# ------------------------------------------------------------------------------------- files that changed on the disk
+
+
+def verify(**variables: str) -> subprocess.CompletedProcess[str]:
+    end = run("gme_service.py", "--verify", **variables)
+    assert "Traceback" not in end.stderr
+    return end
+
+
+def test_after_a_download_a_changed_file_is_found_without_the_hub(
+    hub: Hub, environment: dict[str, str], checkpoint: Path, launch: Launch
 ) -> None:
-    server = start("--workers", "2", **environment)
-    while server.log.read_text().count("loaded in") < 2:
-        assert server.process.poll() is None
-        time.sleep(0.05)
+    assert launch().wait(60) == 0
+    offline = environment | {"MODELSCOPE_ENDPOINT": CLOSED_PORT}
+    assert verify(**offline).returncode == 0
 
-    assert "died" not in server.log.read_text()  # uvicorn ends a worker that it believes to hang
-    assert hub.listings == 1
-    assert Counter(fetch.file for fetch in hub.fetches) == Counter(path.name for path in TOY.iterdir())
-    assert contents(checkpoint) == contents(TOY)
+    zero(checkpoint / SHARDS[1])
+    assert gme.is_complete(checkpoint)  # so that it would be served
+    end = verify(**offline)
+    assert end.returncode not in (0, None)
+    assert [shard for shard in [*SHARDS, "config.json"] if shard in end.stderr] == [SHARDS[1]]
+    assert str(checkpoint) in end.stderr
+
+    (checkpoint / SHARDS[1]).unlink()
+    assert SHARDS[1] in verify(**offline).stderr
+
+
+def test_files_that_were_put_there_by_hand_are_compared_with_the_hub(
+    hub: Hub, environment: dict[str, str], checkpoint: Path
+) -> None:
+    shutil.copytree(TOY, checkpoint)
+    assert verify(**environment).returncode == 0
+    assert hub.fetches == []
+
+    zero(checkpoint / SHARDS[2])
+    (checkpoint / "vocab.json").unlink()
+    end = verify(**environment)
+    assert end.returncode not in (0, None)
+    assert [name for name in hub.files if name in end.stderr] == [SHARDS[2], "vocab.json"]
+
+
+def test_what_cannot_be_compared_is_said_in_a_sentence(checkpoint: Path, environment: dict[str, str]) -> None:
+    offline = environment | {"MODELSCOPE_ENDPOINT": CLOSED_PORT} | ONE_ATTEMPT
+    assert verify(**offline).returncode not in (0, None)  # no such directory
+    shutil.copytree(TOY, checkpoint)
+    assert verify(**offline).returncode not in (0, None)  # no hub
+
+
+def test_the_version_is_printed_without_a_checkpoint() -> None:
+    end = run("gme_service.py", "--version", GME_MODEL_DIR="/nowhere")
+    assert (end.returncode, end.stdout, end.stderr) == (0, f"{gme.__version__}\n", "")

@@ -1,18 +1,38 @@
-"""Room Settings: the table's defaults, what the environment changes, and what stops the start."""
+"""Room Settings: what the environment changes, and what stops the start with a sentence instead of a traceback."""
 
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import TOY, run
+from hub import serve_hub
 
 import gme_service as gme
 
-CPU = torch.device("cpu")
-CUDA = torch.device("cuda")
+UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
+EVERY = {
+    "model_dir": Path("/srv/models"),
+    "model_id": "iic/gme-Qwen2-VL-7B-Instruct",
+    "model_revision": "v1.0.0",
+    "device": "cuda:1",
+    "dtype": "bfloat16",
+    "max_length": 32768,
+    "max_batch_tokens": 4096,
+    "max_inputs": 1,
+    "max_body_mb": 0.5,
+    "max_image_pixels": 1_000_000,
+    "max_image_tokens": 256,
+    "max_queue": 10,
+    "cache_mb": 0,
+    "api_key": "秘密 key",
+}
+VALUES = [("DTYPE", "int8"), ("MAX_QUEUE", "none"), ("MODEL_DIR", "~nosuchuser/models"), ("MAX_IMAGE_PIXELS", "1e400")]
+VALUES += [("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769")]
+VALUES += [(f"MAX_{name}", "0") for name in ("BATCH_TOKENS", "INPUTS", "BODY_MB", "IMAGE_PIXELS", "QUEUE")]
+VALUES += [(name, text) for name in ("MAX_BODY_MB", "CACHE_MB") for text in ("-1", "inf", "nan")]
 
 
 @pytest.fixture
@@ -23,137 +43,114 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def start(**variables: str) -> subprocess.CompletedProcess[str]:
-    """Start the service as its users do, until it ends by itself."""
-    command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", "0"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+def refusal() -> list[str]:
+    """The sentences with which the settings of the environment are refused, one a line."""
+    with pytest.raises(gme.StartError) as stop:
+        gme.Settings.load()
+    return str(stop.value).splitlines()
 
 
-def test_defaults_are_those_of_the_table(environment: pytest.MonkeyPatch) -> None:
-    assert gme.Settings.load().model_dump() == {
-        "model_dir": Path("~/gme_models"),
-        "model_id": "iic/gme-Qwen2-VL-2B-Instruct",
-        "model_revision": None,
-        "device": "auto",
-        "dtype": "auto",
-        "max_length": 1800,
-        "max_batch_tokens": None,
-        "max_inputs": 2048,
-        "max_body_mb": 32,
-        "max_image_pixels": 100_000_000,
-        "max_queue": 16384,
-        "cache_mb": 64,
-        "api_key": None,
-    }
+def test_every_variable_sets_its_value(environment: pytest.MonkeyPatch) -> None:
+    for name, value in EVERY.items():
+        environment.setenv(f"GME_{name.upper()}", str(value))
+    assert gme.Settings.load().model_dump() == EVERY
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "value"),
-    [
-        ("GME_MODEL_DIR", "/srv/models", Path("/srv/models")),
-        ("GME_MODEL_ID", "iic/gme-Qwen2-VL-7B-Instruct", "iic/gme-Qwen2-VL-7B-Instruct"),
-        ("GME_MODEL_REVISION", "v1.0.0", "v1.0.0"),
-        ("GME_DEVICE", "cuda:1", "cuda:1"),
-        ("GME_DTYPE", "bfloat16", "bfloat16"),
-        ("GME_MAX_LENGTH", "32768", 32768),
-        ("GME_MAX_BATCH_TOKENS", "4096", 4096),
-        ("GME_MAX_INPUTS", "1", 1),
-        ("GME_MAX_BODY_MB", "0.5", 0.5),
-        ("GME_MAX_IMAGE_PIXELS", "1000000", 1_000_000),
-        ("GME_MAX_QUEUE", "10", 10),
-        ("GME_CACHE_MB", "0", 0),
-        ("GME_API_KEY", "秘密 key", "秘密 key"),
-    ],
-)
-def test_a_variable_sets_its_value(environment: pytest.MonkeyPatch, variable: str, text: str, value: object) -> None:
-    environment.setenv(variable, text)
-    assert getattr(gme.Settings.load(), variable.removeprefix("GME_").lower()) == value
-
-
-@pytest.mark.parametrize("name", list(gme.Settings.model_fields))
-def test_an_empty_variable_leaves_the_default(environment: pytest.MonkeyPatch, name: str) -> None:
+def test_an_empty_variable_leaves_the_default(environment: pytest.MonkeyPatch) -> None:
     default = gme.Settings.load()
-    environment.setenv(f"GME_{name.upper()}", "")
+    for name in EVERY:
+        environment.setenv(f"GME_{name.upper()}", "")
     assert gme.Settings.load() == default
 
 
+@pytest.mark.parametrize(("name", "text"), VALUES)
+def test_a_value_that_cannot_be_used_is_named(environment: pytest.MonkeyPatch, name: str, text: str) -> None:
+    environment.setenv(f"GME_{name}", text)
+    (sentence,) = refusal()
+    assert f"GME_{name}" in sentence
+    assert text in sentence
+
+
 @pytest.mark.parametrize(
-    ("variable", "text"),
-    [
-        ("GME_DTYPE", "int8"),
-        ("GME_MAX_LENGTH", "long"),
-        ("GME_MAX_LENGTH", "1800.5"),
-        ("GME_MAX_LENGTH", "0"),
-        ("GME_MAX_LENGTH", "32769"),
-        ("GME_MAX_BATCH_TOKENS", "0"),
-        ("GME_MAX_INPUTS", "0"),
-        ("GME_MAX_BODY_MB", "0"),
-        ("GME_MAX_BODY_MB", "-1"),
-        ("GME_MAX_BODY_MB", "32 MB"),
-        ("GME_MAX_BODY_MB", "inf"),
-        ("GME_MAX_BODY_MB", "nan"),
-        ("GME_MAX_IMAGE_PIXELS", "1e400"),
-        ("GME_MAX_IMAGE_PIXELS", "0"),
-        ("GME_MAX_QUEUE", "none"),
-        ("GME_CACHE_MB", "-1"),
-        ("GME_CACHE_MB", "inf"),
-        ("GME_CACHE_MB", "nan"),
-    ],
+    ("typo", "meant"), [("GME_APIKEY", "GME_API_KEY"), ("GME_KEY", "GME_API_KEY"), ("GME_MAX_LENGHT", "GME_MAX_LENGTH")]
 )
-def test_a_value_that_does_not_parse_is_refused_by_name(
-    environment: pytest.MonkeyPatch, variable: str, text: str
+def test_a_name_that_is_no_setting_is_refused_with_the_nearest(
+    environment: pytest.MonkeyPatch, typo: str, meant: str
 ) -> None:
-    environment.setenv(variable, text)
-    with pytest.raises(SystemExit) as stop:
-        gme.Settings.load()
-    sentence = str(stop.value.code)
-    assert sentence.startswith(f"{variable}={text!r} cannot be used: ")
-    assert "\n" not in sentence
+    environment.setenv(typo, "secret")  # which would serve everybody, were it ignored
+    (sentence,) = refusal()
+    assert re.findall(r"GME_\w+", sentence) == [typo, meant]
+    assert "secret" not in sentence
 
 
-def test_a_value_that_does_not_parse_stops_the_start_with_a_sentence_for_each() -> None:
-    end = start(GME_MAX_LENGTH="long", GME_DTYPE="int8")
-    assert end.returncode == 3  # with another code uvicorn starts its workers again and again
-    sentences = end.stderr.splitlines()
-    assert len(sentences) == 2
-    assert all(line.startswith(("GME_MAX_LENGTH='long' cannot", "GME_DTYPE='int8' cannot")) for line in sentences)
+@pytest.mark.parametrize(("text", "key"), [("", None), (" \n", None), (" 秘密 key\n", "秘密 key")])
+def test_a_key_is_stripped_and_an_empty_one_is_said_in_the_log(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str, key: str | None
+) -> None:
+    environment.setenv("GME_API_KEY", text)
+    assert (gme.Settings.load().api_key or None) == key
+    assert ("GME_API_KEY" in caplog.text) == (key is None)
 
 
-@pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu:cpu", "cpu, please"])
-def test_a_device_that_does_not_exist_is_refused_by_name(name: str) -> None:
-    with pytest.raises(SystemExit) as stop:
+def test_bad_settings_end_uvicorn_with_a_sentence_each_and_a_code_of_their_own() -> None:
+    end = run(*UVICORN, GME_MAX_LENGTH="long", GME_APIKEY="secret")
+    assert end.returncode == 78  # with which the systemd unit is not started again
+    assert sorted(re.findall(r"^GME_\w+", end.stderr, re.MULTILINE)) == ["GME_APIKEY", "GME_MAX_LENGTH"]
+    assert len(end.stderr.splitlines()) == 2
+    assert end.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu:cpu", "cpu, please", "meta"])
+def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
+    with pytest.raises(gme.StartError) as stop:
         gme.choose_device(name)
-    assert str(stop.value.code).startswith(f"GME_DEVICE={name!r} cannot be used: ")
-    assert "\n" not in str(stop.value.code)
+    assert f"GME_DEVICE={name}" in str(stop.value)
+    assert "\n" not in str(stop.value)
 
 
-def test_auto_device_is_cuda_where_there_is_one() -> None:
+def test_the_device_is_cuda_where_there_is_one() -> None:
     assert gme.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert gme.choose_device("cpu") == CPU
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_a_named_dtype_is_taken_on_every_device(name: str, device: torch.device) -> None:
-    assert gme.choose_dtype(name, device) == getattr(torch, name)
+    assert gme.choose_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("name", "device", "features", "dtype"),
     [
-        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"arm_bf16": True}, torch.bfloat16),
-        ({}, torch.float32),
+        ("auto", "cuda", {}, torch.float16),  # as published
+        ("auto", "cpu", {"avx2": True, "avx512_bf16": False}, torch.float32),
+        ("auto", "cpu", {"avx512_bf16": True}, torch.bfloat16),  # where it computes it natively
+        ("auto", "cpu", {"arm_bf16": True}, torch.bfloat16),
+        ("float32", "cuda", {}, torch.float32),
+        ("float16", "cpu", {"avx512_bf16": True}, torch.float16),
     ],
 )
-def test_auto_dtype_on_a_cpu_is_bfloat16_where_it_is_native(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
+def test_the_dtype_suits_the_device_unless_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, features: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert gme.choose_dtype("auto", CPU) == dtype
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert gme.choose_dtype(name, torch.device(device)) == dtype
 
 
-def test_auto_dtype_on_cuda_is_the_published_float16() -> None:
-    assert gme.choose_dtype("auto", CUDA) == torch.float16
+@pytest.fixture
+def nobody() -> list[str]:
+    """What goes in front of a command to run it for a user without HOME and without an entry in the list of users."""
+    prefix = ["env", "--unset=HOME", "unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system gives no user namespaces")
+    return prefix
+
+
+def test_a_user_without_home_is_asked_for_a_directory(environment: pytest.MonkeyPatch, nobody: list[str]) -> None:
+    end = run(*UVICORN, prefix=nobody)
+    assert end.returncode == 78
+    assert "GME_MODEL_DIR" in end.stderr
+    assert len(end.stderr.splitlines()) == 1
+
+
+def test_a_user_without_home_downloads_into_a_directory(tmp_path: Path, nobody: list[str]) -> None:
+    with serve_hub(TOY, "toy/shapes") as hub:
+        variables = {"GME_MODEL_DIR": str(tmp_path), "MODELSCOPE_ENDPOINT": hub.url}
+        end = run("-c", "import gme_service", prefix=nobody, **variables)
+    assert end.returncode == 0, end.stderr
+    for name, content in hub.files.items():
+        assert (tmp_path / "toy" / "shapes" / name).read_bytes() == content

@@ -1,253 +1,165 @@
-"""Measure the service against the plain way, in one run: `python tests/benchmark.py [CHECKPOINT] [--out FILE]`.
+"""Measure this checkout, or this one beside another: `python tests/benchmark.py [--against DIR] [--out FILE]`.
 
-Without a checkpoint it makes one of the published shape (8.8 GB, random weights) in the temporary directory. The plain
-way is the model as its authors' code calls it: batches of 32 in arrival order, right-padded, the whole prompt each
-time, float32 and torch's default settings. Each row is a workload with its time, its ratio to the plain way, and the
-share of the floor: the floating-point operations that cannot be avoided, at the matrix-product rate of this machine.
-Takes about half an hour on two cores. Run it on a machine that does nothing else.
+The model is one of the published shape with random weights (8.8 GB, made in the temporary directory), its texts have
+numbers of tokens as they are in practice, and HTTP is measured with the toy. Each side runs in processes and with an
+interpreter of its own; they take turns (A, B, A, B ...) and each keeps its best, so that a machine whose speed drifts
+is the same for both. Run it on one that does nothing else: on two cores it takes half an hour for the two.
 """
 
 import argparse
 import asyncio
-import base64
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-TESTS = Path(__file__).parent
-TOY = {"GME_MODEL_DIR": str(TESTS / "models"), "GME_MODEL_ID": "toy/shapes"}
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "purple",
-    "orange",
-    "black",
-    "white",
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "cross",
-    "ring",
-    "picture",
-    "of",
-    "a",
-    "the",
-]
-PATCH_PARAMETERS = 32 * 12 * 1280**2  # matrix weights that every 14-pixel patch meets in the vision tower
-TOKEN_PARAMETERS = 1.31e9  # and every token in the decoder
+TESTS = Path(__file__).resolve().parent
+TOY = TESTS / "models" / "toy" / "shapes"
+WORDS = ["red", "green", "blue", "yellow", "circle", "square", "triangle", "star", "ring", "picture", "of", "a"]
+JPEGS = ("448x448", "800x600", "1920x1080")
+TEXTS = ("1 short query", "32 short queries", "16 mixed texts", "64 mixed texts")
+MIXTURE = "12 mixed texts, 2 images with a long text each"
+UNITS = {"model": "s", "prepare": "ms", "bytes": "kB"}
+SECONDS = 10  # of turns, at least
+Row = tuple[str, list[float]]  # what with its unit, and a number for each side
 
 
-def real(directory: Path) -> dict[str, str]:
-    """The settings that serve a checkpoint."""
-    return {"GME_MODEL_DIR": str(directory.parent.parent), "GME_MODEL_ID": "/".join(directory.absolute().parts[-2:])}
-
-
-def text(generator: np.random.Generator, words: int) -> str:
-    return " ".join(generator.choice(WORDS, words))
-
-
-def image(size: str, seed: int) -> bytes:
+def jpeg(size: str) -> bytes:
+    """A file of 0.2 bytes a pixel, as a photo has."""
     width, height = map(int, size.split("x"))
-    coarse = np.random.default_rng(seed).integers(0, 255, (height // 50, width // 50, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height)).save(file, "PNG")
+    coarse, file = np.random.default_rng(0).integers(0, 255, (height // 16, width // 16, 3), np.uint8), io.BytesIO()
+    Image.fromarray(coarse).resize((width, height)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def workloads() -> dict[str, list[dict[str, Any]]]:
-    """Inputs by name of the workload, as {"text"} or {"image"}."""
-    random = np.random.default_rng(0)
-    short = [{"text": text(random, 8)} for _ in range(32)]
-    mixed = [{"text": text(random, int(words))} for words in random.integers(4, 64, 64)]
-    small = [{"image": image("448x448", seed)} for seed in range(8)]
-    return {
-        "1 short query": short[:1],
-        "32 short queries": short,
-        "64 texts of 4 to 63 words": mixed,
-        "image 448x448": small[:1],
-        "8 images 448x448": small,
-        "image 800x600": [{"image": image("800x600", 8)}],
-        "image 2400x1600": [{"image": image("2400x1600", 9)}],
-        "mixed: 24 texts, 2 images": [*short[:16], *mixed[:8], *small[:2]],
-    }
+@functools.cache
+def workload(name: str, checkpoint: Path, max_tokens: int) -> list[list[tuple[str, bytes | None]]]:
+    """The batches of a workload, as the service would make them. How long a text is, the tokenizer says."""
+    from tokenizers import Tokenizer
+
+    tokenizer, random = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), np.random.default_rng(0)
+
+    def text(tokens: int) -> tuple[str, None]:
+        made = " ".join(random.choice(WORDS, tokens))
+        while len(tokenizer.encode(made).ids) > tokens:
+            made = made[:-1]
+        return made, None
+
+    if name in JPEGS:
+        return [[("", jpeg(name))]]
+    count = int(name.split()[0])
+    batches: list[list[int]] = []  # of lengths; the first is the longest, to which the others are padded
+    for length in sorted(random.integers(8, 15, count) if "short" in name else np.linspace(5, 120, count))[::-1]:
+        if not batches or length < 0.8 * batches[-1][0] or (len(batches[-1]) + 1) * batches[-1][0] > max_tokens:
+            batches.append([])
+        batches[-1].append(int(length))
+    images = [[("", jpeg(JPEGS[0])), text(250)]] * 2 if name == MIXTURE else []  # which has 256 tokens
+    return [[text(length) for length in batch] for batch in batches] + images
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """The time of one call; the best of three where it is short."""
-    times: list[float] = []
-    while len(times) < 3 and sum(times) < 12:
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-# ------------------------------------------------------------------------------------ each in a process of its own
-
-
-def machine() -> dict[str, float]:
-    """GFLOP/s of matrix products of the decoder's shape, and GB/s of reading memory."""
+def work(checkpoint: Path) -> None:
+    """In a process of the side's own: answer each line of stdin, which says what to measure, with a number."""
+    device, answers = os.environ["GME_DEVICE"], os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is not an answer
     import torch
-    from torch.nn import functional
 
-    def rate(dtype: torch.dtype) -> float:
-        x, weight = torch.randn(1024, 1536).to(dtype), torch.randn(8960, 1536).to(dtype)
-        times = [seconds(lambda: functional.linear(x, weight)) for _ in range(10)]
-        return 2 * x.shape[0] * weight.numel() / min(times) / 1e9
+    threads = torch.get_num_threads()
+    import gme_service as gme  # loads the toy, which may set the number of threads to one
 
-    block = torch.ones(2**28)
-    result = {"float32, torch's default": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}
-    torch.set_float32_matmul_precision("medium")
-    result["float32"] = rate(torch.float32)
-    result["memory GB/s"] = 4 * block.numel() / seconds(block.sum) / 1e9
-    return result
+    torch.set_num_threads(threads)
+    prepare, model = gme.Preparer(checkpoint, 1800, 10**8), None
+    max_tokens = 16384 if device == "cuda" else min(256 * threads, 8192)
 
-
-def plain(directory: Path) -> dict[str, float]:
-    """The plain way."""
-    os.environ.update(TOY)  # importing the service loads a model: the small one; only its preparing of inputs is used
-    import torch
-    from torch.nn import functional
-    from transformers import Qwen2VLModel
-
-    import gme_service as gme
-
-    torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = Qwen2VLModel.from_pretrained(directory, dtype=torch.float32).eval()
-    decoder, prepare = model.language_model, gme.Preparer(directory, 1800, 10**8)
-
-    @torch.inference_mode()
-    def embed(inputs: list[gme.Input]) -> torch.Tensor:
-        lengths = torch.tensor([len(one.token_ids) for one in inputs])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids = torch.zeros(mask.shape, dtype=torch.long)
-        ids[mask] = torch.from_numpy(np.concatenate([one.token_ids for one in inputs]))
-        embeddings = decoder.embed_tokens(ids)
-        for row, one in enumerate(inputs):
-            if one.pixel_values is not None:
-                grid = torch.tensor([one.image_grid_thw])
-                features = model.visual(torch.from_numpy(one.pixel_values), grid_thw=grid).pooler_output
-                embeddings[row, one.image_start : one.image_start + len(features)] = features
-        hidden = decoder(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return functional.normalize(hidden[torch.arange(len(inputs)), lengths - 1], dim=-1)
-
-    def run(items: list[dict[str, Any]]) -> None:
-        sources = [gme.Source(**item) for item in items]
-        for kind in ([one for one in sources if one.image is None], [one for one in sources if one.image is not None]):
-            for start in range(0, len(kind), 32):  # the authors' code takes texts and images in calls of their own
-                embed(prepare(kind[start : start + 32]))
-
-    run(workloads()["1 short query"])
-    return {name: seconds(lambda items=items: run(items)) for name, items in workloads().items()}
+    for kind, _, name in (line.strip().partition(" ") for line in sys.stdin):
+        sources = [[gme.Source(*one) for one in batch] for batch in workload(name, checkpoint, max_tokens)]
+        inputs = [prepare(batch) for batch in sources]
+        if kind == "bytes":
+            fields = [getattr(inputs[0][0], field.name) for field in dataclasses.fields(inputs[0][0])]
+            print(sum(field.nbytes for field in fields if isinstance(field, np.ndarray)) / 1000, file=answers)
+            continue
+        if kind == "model" and model is None:
+            model = gme.Model(checkpoint, torch.device(device), getattr(torch, os.environ["GME_DTYPE"]))
+            model.embed(inputs[0])
+        call, batches = (prepare, sources) if kind == "prepare" else (model.embed, inputs)
+        run = timeit.Timer(lambda call=call, batches=batches: [call(batch) for batch in batches])
+        count, seconds = run.autorange()  # as many as take 0.2 s
+        print(seconds / count * (1000 if kind == "prepare" else 1), file=answers)
 
 
-def ours(directory: Path, dtype: str, linear: bool) -> dict[str, float]:
-    """The service's rooms without HTTP, from the client's inputs to vectors; and GFLOP that cannot be avoided."""
-    os.environ.update(real(directory) | {"GME_CACHE_MB": "0", "GME_DTYPE": dtype})
-    import gme_service as gme
+@dataclasses.dataclass
+class Side:
+    """A checkout, and the interpreter that has its requirements."""
 
-    batcher, prepare = gme.app.state.batcher, gme.Preparer(directory, 1800, 10**8)
+    directory: Path
+    python: str
 
-    def run(items: list[dict[str, Any]]) -> None:
-        batcher.submit([gme.Source(**item) for item in items]).result()
+    def run(self, command: list[str], checkpoint: Path, dtype: str) -> subprocess.Popen[str]:
+        """A process in which `gme_service` is this side's, and serves the checkpoint."""
+        print(f"{self.directory}: {' '.join(command)}", file=sys.stderr, flush=True)
+        model = {"GME_MODEL_DIR": str(checkpoint.parent.parent), "GME_MODEL_ID": "/".join(checkpoint.parts[-2:])}
+        environment = os.environ | model | {"GME_DTYPE": dtype, "PYTHONPATH": str(self.directory)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([self.python, *command], cwd=self.directory, env=environment, **pipes)
 
-    times = {name: seconds(lambda items=items: run(items)) for name, items in workloads().items()}
-    for name, items in workloads().items():
-        inputs = prepare([gme.Source(**item) for item in items])
-        patches = sum(0 if one.pixel_values is None else len(one.pixel_values) for one in inputs)
-        tokens = sum(one.cost for one in inputs)
-        times[f"GFLOP: {name}"] = 2 * (tokens * TOKEN_PARAMETERS + patches * PATCH_PARAMETERS) / 1e9
-    if linear:
-        random = np.random.default_rng(1)
-        for count in (64, 512, 4096):
-            items = [{"text": text(random, 8)} for _ in range(count)]
-            times[f"linear: {count} short texts"] = seconds(lambda items=items: run(items))
-        bulk = [{"text": text(random, 8)} for _ in range(512)]
-        times["bulk: 512 short texts"] = seconds(lambda: run(bulk))
-        started, waits = time.perf_counter(), []
-        job = batcher.submit([gme.Source(**item) for item in bulk])
-        for left in (384, 256, 128):
-            while job.missing > left:
+    @contextlib.contextmanager
+    def worker(self, checkpoint: Path, dtype: str) -> Iterator[Callable[[str], float]]:
+        """What `work` answers to a line."""
+        with self.run([__file__, "--work", str(checkpoint)], TOY, dtype) as process:
+
+            def ask(line: str) -> float:
+                print(line, file=process.stdin, flush=True)
+                return float(process.stdout.readline() or sys.exit(f"{self.directory} cannot measure: {line}"))
+
+            yield ask
+
+    @contextlib.contextmanager
+    def server(self, checkpoint: Path, dtype: str) -> Iterator[tuple[int, tuple[float, ...]]]:
+        """A port; the seconds until it was open, the most anonymous memory until then, and all memory after a text."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        command = ["-m", "uvicorn", "gme_service:app", "--port", str(port), "--log-level", "warning"]
+        started, most = time.perf_counter(), 0.0
+        with self.run(command, checkpoint, dtype) as process, contextlib.ExitStack() as stack:
+            stack.callback(process.terminate)
+
+            def mebibytes(field: str) -> float:
+                return int(Path(f"/proc/{process.pid}/status").read_text().partition(field)[2].split()[0]) / 1024
+
+            while process.poll() is None:  # the port opens when the model is loaded, and nothing else says so
+                most = max(most, mebibytes("RssAnon:"))
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
                 time.sleep(0.01)
-            sent = time.perf_counter()
-            run([{"text": text(random, 8)}])
-            waits.append(time.perf_counter() - sent)
-        job.result()
-        times["bulk: 512 short texts, three short queries meanwhile"] = time.perf_counter() - started
-        times["bulk: longest wait of those queries"] = max(waits)
-    batcher.close()
-    return times
+            seconds = time.perf_counter() - started
+            asyncio.run(exchange(port, [["first"]], 1))
+            yield port, (seconds, most, mebibytes("VmRSS:"))
 
 
-# ----------------------------------------------------------------------------------------------------------- over HTTP
-
-
-@contextlib.contextmanager
-def served(environment: dict[str, str]) -> Iterator[tuple[int, dict[str, float]]]:
-    """A server's port, with the times of its start and its first request, and the start's highest anonymous memory."""
-    port = 8123
-    command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), "--no-access-log"]
-    started, anonymous = time.perf_counter(), 0
-    process = subprocess.Popen(command, cwd=TESTS.parent, env=os.environ | {"GME_CACHE_MB": "0"} | environment)
-    try:
-        while True:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            anonymous = max(anonymous, int(status.partition("RssAnon:")[2].split()[0]))
-            with contextlib.suppress(OSError):
-                first = asyncio.run(exchange(port, [request([{"text": "first"}])], 1))
-                break
-            time.sleep(0.05)  # the port opens when the model is loaded, and nothing else says so
-        start = time.perf_counter() - started - first
-        yield port, {"start s": start, "start RssAnon GiB": anonymous / 2**20, "first request s": first}
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def request(items: list[dict[str, Any]]) -> bytes:
-    """A whole HTTP request for a workload: texts, one image, or a mixture through OpenAI's route."""
-    if "image" in items[0] and len(items) == 1:
-        path, kind = "/embed/image", "multipart/form-data; boundary=b"
-        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="i.png"\r\n\r\n'
-        body = head + items[0]["image"] + b"\r\n--b--\r\n"
-    elif any("image" in item for item in items):
-        path, kind = "/v1/embeddings", "application/json"
-        inputs = [item if "text" in item else {"image": base64.b64encode(item["image"]).decode()} for item in items]
-        body = json.dumps({"input": inputs}).encode()
-    else:
-        path, kind = "/embed/text", "application/json"
-        body = json.dumps({"texts": [item["text"] for item in items]}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-async def exchange(port: int, requests: list[bytes], clients: int) -> float:
-    """Send the requests over that many connections, each waiting for its answer; the seconds it took."""
-    waiting = iter(requests)
+async def exchange(port: int, requests: list[list[str]], clients: int) -> float:
+    """Send requests of texts over that many connections, each waiting for its answer; the seconds it took."""
+    waiting = iter([json.dumps({"texts": texts}) for texts in requests])
+    head = "POST /embed/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**27)
-        for one in waiting:
-            writer.write(one)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            assert head.startswith(b"http/1.1 200"), head
-            await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n")[0]))
+        for body in waiting:
+            writer.write(f"{head}{len(body)}\r\n\r\n{body}".encode())
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            assert answer.startswith(b"http/1.1 200"), answer
+            await reader.readexactly(int(answer.partition(b"content-length:")[2].split(b"\r\n")[0]))
         writer.close()
 
     started = time.perf_counter()
@@ -255,99 +167,94 @@ async def exchange(port: int, requests: list[bytes], clients: int) -> float:
     return time.perf_counter() - started
 
 
-def model_seconds(port: int) -> float:
-    """What the server's model has been busy for since its start."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        return float(answer.read().decode().partition("gme_model_seconds_sum ")[2].split()[0])
+async def http(port: int) -> tuple[float, float, float]:
+    """Texts a second of 32 clients; seconds of a bulk request, and the longest that a lone query beside it took."""
+    words, waits = np.random.default_rng(0).choice(WORDS, (2, 2000, 8)), [0.0]
+    texts, others = ([" ".join(row) for row in block] for block in words)
+    single = await exchange(port, [[text] for text in texts], 32)
+    bulk = asyncio.create_task(exchange(port, [others], 1))
+    while not bulk.done():
+        await asyncio.sleep(0.1)
+        waits.append(await exchange(port, [texts[:1]], 1))
+    return len(texts) / single, await bulk, max(waits)
 
 
-def over_http(environment: dict[str, str], count: int, names: list[str], bulk: int) -> dict[str, float]:
-    """Workloads as one request each, `count` requests of one text from 1, 8 and 32 clients, and one of `bulk` texts."""
-    random = np.random.default_rng(3)
-
-    def single() -> bytes:
-        return request([{"text": text(random, 8)}])
-
-    with served(environment) as (port, times):
-        times["second request s"] = asyncio.run(exchange(port, [single()], 1))
-        for name in names:
-            one = request(workloads()[name])
-            times[name] = seconds(lambda one=one: asyncio.run(exchange(port, [one], 1)))
-        for clients in (1, 8, 32):
-            requests = [single() for _ in range(max(8, count * clients // 32))]
-            times[f"{clients} clients, requests/s"] = len(requests) / asyncio.run(exchange(port, requests, clients))
-        if bulk:
-            one, before = request([{"text": text(random, 8)} for _ in range(bulk)]), model_seconds(port)
-            took = asyncio.run(exchange(port, [one], 1))
-            times[f"{bulk} texts in one request s"] = took
-            times[f"{bulk} texts, share outside the model"] = 1 - (model_seconds(port) - before) / took
-    return times
+def weights(checkpoint: Path, dtype: str) -> float:
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))  # in float32
+    return size / (1 if dtype == "float32" else 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- table
+def outside(sides: list[Side], checkpoint: Path, dtype: str, rounds: int) -> Iterator[Row]:
+    """What a start takes with the files in the page cache, and with the toy, what HTTP does."""
+    name, size = "toy" if checkpoint == TOY else dtype, weights(checkpoint, dtype) / 2**20
+    taken: list[list[tuple[float, ...]]] = [[] for _ in sides]
+    subprocess.run(["cat", *checkpoint.glob("*.safetensors")], stdout=subprocess.DEVNULL, check=True)
+    for side, numbers in [*zip(sides, taken, strict=True)] * rounds:
+        with side.server(checkpoint, dtype) as (port, start):
+            numbers.append(start + (asyncio.run(http(port)) if checkpoint == TOY else ()))
+    what = ["start, s", f"most anonymous memory (weights: {size:,.0f}), MiB", "memory after a text, MiB"]
+    what += ["32 clients, texts/s", "2,000 texts in one request, s", "longest wait of a query beside them, s"]
+    for words, *values in zip(what, *(zip(*numbers, strict=True) for numbers in taken), strict=False):
+        yield f"{name}: {words}", [max(value) if words.endswith("/s") else min(value) for value in values]
 
 
-def part(name: str, directory: Path, *flags: str) -> dict[str, float]:
-    """One of the measurements above in a process of its own, so that none shares memory or settings with another."""
-    print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, str(directory), "--part", name, *flags]
-    output = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(TESTS.parent)}
-    )
-    return json.loads(output.stdout.splitlines()[-1])
+def inside(sides: list[Side], checkpoint: Path, dtype: str, lines: list[str], rounds: int) -> Iterator[Row]:
+    """What workers answer. Where there is no memory for the models of all, they load them by turns, twice."""
+    available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    together = os.environ["GME_DEVICE"] == "cuda" or available > len(sides) * (weights(checkpoint, dtype) + 1e9)
+    everyone, best = range(len(sides)), {line: [float("inf") for _ in sides] for line in lines}
+    for group in [everyone] * 2 if together else [[index] for index in everyone] * 2:
+        with contextlib.ExitStack() as stack:
+            asks = [(index, stack.enter_context(sides[index].worker(checkpoint, dtype))) for index in group]
+            for line in lines:
+                turn, end = 0, time.perf_counter() + SECONDS
+                while (turn := turn + 1) <= rounds // 2 or time.perf_counter() < end:
+                    for index, ask in asks:
+                        best[line][index] = min(best[line][index], ask(line))
+    for line, numbers in best.items():
+        yield f"{dtype}: {line}, {UNITS[line.split()[0]]}", numbers
 
 
-def table(result: dict[str, dict[str, float]]) -> Iterator[str]:
-    """The rows of a Markdown table: time, ratio to the plain way, share of the floor."""
-    rates = result["machine"]
-    yield ", ".join(f"{name}: {rate:.0f}" for name, rate in rates.items()) + " (GFLOP/s unless said)"
-    names = list(workloads())
-    ways = [name for name in result if name not in ("machine", "plain") and "toy" not in name]
-    yield f"\n| workload | plain | {' | '.join(ways)} |\n| --- | --- |{' --- |' * len(ways)}"
-    for workload in names:
-        plain_time, cells = result["plain"][workload], []
-        for way in ways:
-            dtype, _ = way.split()
-            if time_ := result[way].get(workload):
-                floor = result[f"{dtype} model"][f"GFLOP: {workload}"] / rates[dtype]
-                cells.append(f"{time_:.2f} s, {plain_time / time_:.1f} x, {floor / time_:.0%}")
-            else:
-                cells.append("")
-        yield f"| {workload} | {plain_time:.2f} s | {' | '.join(cells)} |"
-    yield ""
-    for way, numbers in result.items():
-        others = {name: value for name, value in numbers.items() if name not in names and "GFLOP" not in name}
-        if way != "machine":
-            yield from (f"- {way}: {name}: {value:.4g}" for name, value in others.items())
+def table(rows: Iterable[Row], sides: list[Side]) -> Iterator[str]:
+    yield f"| the best of each | {' | '.join(side.directory.name for side in sides)} |{' ratio |' * (len(sides) - 1)}"
+    yield "| --- |" + " --- |" * (2 * len(sides) - 1)
+    for what, numbers in rows:
+        cells = [f"{number:,.0f}" if number >= 100 else f"{number:#.3g}" for number in numbers]
+        if len(numbers) == 2:
+            ratio = numbers[1] / numbers[0]
+            cells.append(f"{1 / ratio if what.endswith('/s') else ratio:.2f}")
+        yield f"| {what} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="a directory; made when there is none")
-    parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="where the numbers go")
-    parser.add_argument("--linear", action="store_true", help="also up to 4,096 texts (15 minutes more)")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    directory = arguments.checkpoint or Path(tempfile.gettempdir()) / "gme-random" / "published" / "shape"
-    if arguments.part:
-        way = arguments.part.split()[0]
-        measure = {"machine": machine, "plain": lambda: plain(directory)}
-        print(json.dumps(measure[way]() if way in measure else ours(directory, way, arguments.linear)))
-        return
-    if not (directory / "model.safetensors.index.json").exists():
-        subprocess.run([sys.executable, TESTS / "make_random.py", directory], check=True)
-    flags = ["--linear"] if arguments.linear else []
-    names = list(workloads())
-    result = {"machine": part("machine", directory)}
-    result["toy HTTP"] = over_http(TOY, 4000, [], 2048)
-    result["bfloat16 model"] = part("bfloat16 model", directory, *flags)
-    result["bfloat16 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "bfloat16"}, 64, names, 2048)
-    result["float32 model"] = part("float32 model", directory)
-    result["float32 HTTP"] = over_http(real(directory) | {"GME_DTYPE": "float32"}, 64, names[:3], 0)
-    result["plain"] = part("plain", directory)
-    arguments.out.write_text(json.dumps(result, indent=1))
-    print("\n".join(table(result)))
+    made = Path(tempfile.gettempdir()) / "gme-random" / "published" / "shape"
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=made, help="a directory, made when it is not there")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--against-python", default=sys.executable, metavar="PYTHON", help="the interpreter for it")
+    parser.add_argument("--device", default="cpu", help="as GME_DEVICE")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="as GME_DTYPE")
+    parser.add_argument("--parts", default="prepare,toy,start,model", help="what to measure")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
+    parser.add_argument("--out", type=Path, default=os.devnull, help="where the table goes too")
+    given = parser.parse_args()
+    checkpoint, dtypes, rounds = given.checkpoint.resolve(), given.dtypes.split(","), given.rounds
+    os.environ |= {"GME_DEVICE": given.device, "GME_CACHE_MB": "0"}
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        subprocess.run([sys.executable, TESTS / "make_random.py", checkpoint], check=True)
+    sides = [Side(TESTS.parent, sys.executable)]
+    sides += [Side(given.against.resolve(), given.against_python)] if given.against else []
+    jpegs = [f"{kind} {size}" for size in JPEGS for kind in ("prepare", "bytes")]
+    works = [f"model {name}" for name in (*TEXTS, *JPEGS, MIXTURE)]
+    parts = [("prepare", inside(sides, TOY, "float32", jpegs, rounds)), ("toy", outside(sides, TOY, "float32", rounds))]
+    parts += [("start", outside(sides, checkpoint, dtype, rounds)) for dtype in dtypes]
+    parts += [("model", inside(sides, checkpoint, dtype, works, rounds)) for dtype in dtypes]
+    lines = table((row for part, found in parts if part in given.parts for row in found), sides)
+    with given.out.open("w") as copy:
+        for line in lines:
+            print(line, flush=True)
+            print(line, file=copy, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    work(Path(sys.argv[2])) if sys.argv[1:2] == ["--work"] else main()

@@ -1,76 +1,107 @@
-"""Write a checkpoint of the published shape with random weights: `python tests/make_random.py OUT_DIR`.
+"""Write a checkpoint of the published shape with random weights: `python tests/make_random.py OUT_DIR [--layers N]`.
 
 The published model is 8.8 GB and cannot be shipped with a test suite. Time and memory do not depend on the values of
-the weights, so this stands in for it in `tests/benchmark.py`: same shapes, names, dtype and number of shards. It uses
-the toy checkpoint's tokenizer, and its vectors mean nothing.
+the weights, so this stands in for it in `tests/benchmark.py`: same names, shapes, dtype and number of shards. It uses
+the toy checkpoint's tokenizer, and its vectors mean nothing. Fewer layers make a small one, to try things out with.
 """
 
+import argparse
 import json
+import math
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2VLConfig, Qwen2VLModel
 
 TOY = Path(__file__).parent / "models" / "toy" / "shapes"
 SHARDS = 2
 PUBLISHED = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
-    "max_window_layers": 28,
     "num_attention_heads": 12,
-    "num_hidden_layers": 28,
     "num_key_value_heads": 2,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "hidden_size": 1536,
-        "in_chans": 3,
-        "mlp_ratio": 4,
-        "model_type": "qwen2_vl",
-        "num_heads": 16,
-        "spatial_patch_size": 14,
-    },
     "vocab_size": 151936,
+}
+VISION = {
+    "embed_dim": 1280,
+    "hidden_size": 1536,
+    "in_chans": 3,
+    "mlp_ratio": 4,
+    "model_type": "qwen2_vl",
+    "num_heads": 16,
+    "spatial_patch_size": 14,
 }
 
 
-def random_weight(name: str, shape: torch.Size) -> torch.Tensor:
+def shapes(layers: int, depth: int) -> dict[str, tuple[int, ...]]:
+    """The published names of the weights that the service reads, with their shapes."""
+    width, inner, vision = PUBLISHED["hidden_size"], PUBLISHED["intermediate_size"], VISION["embed_dim"]
+    heads, groups = PUBLISHED["num_attention_heads"], PUBLISHED["num_key_value_heads"]
+    found: dict[str, tuple[int, ...]] = {}
+
+    def add(name: str, *shape: int, bias: bool = True) -> None:
+        found[f"{name}.weight"] = shape
+        if bias:
+            found[f"{name}.bias"] = shape[:1]
+
+    add("model.embed_tokens", PUBLISHED["vocab_size"], width, bias=False)
+    for layer in (f"model.layers.{number}." for number in range(layers)):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            add(layer + norm, width, bias=False)
+        for part, rows in (("q", width), ("k", width // heads * groups), ("v", width // heads * groups)):
+            add(f"{layer}self_attn.{part}_proj", rows, width)
+        add(layer + "self_attn.o_proj", width, width, bias=False)
+        add(layer + "mlp.gate_proj", inner, width, bias=False)
+        add(layer + "mlp.up_proj", inner, width, bias=False)
+        add(layer + "mlp.down_proj", width, inner, bias=False)
+    add("model.norm", width, bias=False)
+    add("visual.patch_embed.proj", vision, 3, 2, 14, 14, bias=False)
+    for block in (f"visual.blocks.{number}." for number in range(depth)):
+        for norm in ("norm1", "norm2"):
+            add(block + norm, vision)
+        add(block + "attn.qkv", 3 * vision, vision)
+        add(block + "attn.proj", vision, vision)
+        add(block + "mlp.fc1", VISION["mlp_ratio"] * vision, vision)
+        add(block + "mlp.fc2", vision, VISION["mlp_ratio"] * vision)
+    add("visual.merger.ln_q", vision)
+    add("visual.merger.mlp.0", 4 * vision, 4 * vision)
+    add("visual.merger.mlp.2", width, 4 * vision)
+    return found
+
+
+def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Float32 values that keep the scale of what flows through the layer: norms at one, matrices at 1/sqrt(fan-in)."""
     if len(shape) == 1:
         return torch.ones(shape) if "norm" in name or "ln_q" in name else torch.zeros(shape)
-    return torch.randn(shape) * (0.02 if "embed_tokens" in name else shape[1:].numel() ** -0.5)
+    return torch.randn(shape) * (0.02 if "embed_tokens" in name else math.prod(shape[1:]) ** -0.5)
 
 
-def make(out: Path) -> None:
+def make(out: Path, layers: int = 28, depth: int = 32) -> None:
     """Write config, tokenizer, preprocessor config, weight shards and their index into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    config = json.loads((TOY / "config.json").read_text()) | PUBLISHED
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json"):
         shutil.copy(TOY / name, out / name)
+    config = json.loads((TOY / "config.json").read_text()) | PUBLISHED
+    config |= {"num_hidden_layers": layers, "max_window_layers": layers, "vision_config": VISION | {"depth": depth}}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in Qwen2VLModel(Qwen2VLConfig(**config)).state_dict().items()}
     torch.manual_seed(0)
-    weight_map = {}
-    names = list(shapes)
+    found = shapes(layers, depth)
+    weight_map: dict[str, str] = {}
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        weights = {
-            name.replace("language_model.", "model.", 1): random_weight(name, shapes[name])
-            for name in names[shard::SHARDS]
-        }
+        weights = {name: random_weight(name, found[name]) for name in list(found)[shard::SHARDS]}
         save_file(weights, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, file)
-    total_size = 4 * sum(shape.numel() for shape in shapes.values())
-    (out / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=1)
-    )
+    index = {"metadata": {"total_size": 4 * sum(map(math.prod, found.values()))}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the directory to write")
+    parser.add_argument("--layers", type=int, default=28, help="of the decoder; 28 unless given")
+    arguments = parser.parse_args()
+    make(arguments.out, arguments.layers, 32 if arguments.layers == 28 else arguments.layers)

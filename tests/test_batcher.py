@@ -2,32 +2,28 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import itertools
-import queue
 import random
-import sys
 import threading
-import tracemalloc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from conftest import TOY, golden
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import REGISTRY
 
 import gme_service as gme
 
-DIMENSION = 4
-PATIENCE = 30  # seconds after which a test that hangs fails
-PREPARE_THREADS = gme.PREPARE_THREADS
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+Make = Callable[..., Awaitable["Rig"]]
+PATIENCE = 30  # seconds after which a thread that hangs gives up
 
 
 def text(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
@@ -40,12 +36,35 @@ def image(name: str, length: int = 10, pixel: int = 1, instruction: str = "i") -
     return gme.Source(name, bytes([pixel]) * (length - len(name)), instruction)
 
 
-def read(source: gme.Source) -> gme.Input:
-    """One token for each character and pixel; the instruction is the part that a forward need not compute."""
-    pixels = None if source.image is None else np.frombuffer(source.image, np.uint8).astype(np.float32)
+class Key(bytes):
+    """Tells when it is first looked up, which is when the batcher takes up the input that has been prepared."""
+
+    tell: Callable[[], None] | None = None
+
+    def __hash__(self) -> int:
+        tell, self.tell = self.tell, None
+        if tell:
+            tell()
+        return super().__hash__()
+
+
+class Told(gme.Input):
+    """An input that tells when it is ready for the model."""
+
+    def key(self) -> bytes:
+        key = Key(super().key())
+        key.tell = self.__dict__["tell"]
+        return key
+
+
+def read(source: gme.Source, tell: Callable[[], None] | None = None) -> Told:
+    """One token for each character and byte; the instruction is the part that the model has already."""
+    data = source.image or b""
     prefix = [ord(character) for character in source.instruction]
-    ids = [*prefix, *[0] * len(source.image or b""), *map(ord, source.text)]
-    return gme.Input(np.array(ids, np.int64), tuple(prefix), len(prefix), pixel_values=pixels)
+    ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
+    one = Told(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
+    one.__dict__["tell"] = tell
+    return one
 
 
 def name_of(one: gme.Source | gme.Input) -> str:
@@ -55,240 +74,186 @@ def name_of(one: gme.Source | gme.Input) -> str:
 
 def identity(one: gme.Input) -> np.ndarray:
     """A vector that no other input has."""
-    return np.frombuffer(hashlib.blake2b(one.key(), digest_size=DIMENSION).digest(), np.uint8).astype(np.float32)
-
-
-class Watched(gme.Batcher):
-    """A batcher that tells when inputs have become ready for the model, which does not show from outside."""
-
-    def _make_ready(self, turn: gme.Turn, *rest: object) -> None:
-        super()._make_ready(turn, *rest)
-        self.watch(name_of(turn.source))
-
-    watch: Callable[[str], None]
+    return np.frombuffer(hashlib.blake2b(one.key(), digest_size=4).digest(), np.uint8).astype(np.float32)
 
 
 class Rig:
     """A batcher over `prepare` and `embed` below, which a test can stop and let fail; `check` ends every test."""
 
-    def __init__(self, max_tokens: int = 1000, max_queue: int = 16384, cache_mb: float = 0) -> None:
+    def __init__(self, max_tokens: int = 1000, max_queue: int = 16384, cache_entries: int = 0) -> None:
+        self.loop, self.changed = asyncio.get_running_loop(), asyncio.Event()
         self.prepared: list[str] = []  # names, in the order in which they were prepared
+        self.ready = Counter[str]()  # names, when they are ready for the model
         self.batches: list[list[str]] = []  # names, as the model got them
-        self.fault: Callable[[str], BaseException | float | None] = lambda name: None  # raised or put into the vector
-        self.most = 1 << 30  # inputs for which there is memory
-        self.jobs: list[tuple[gme.Job, Sequence[gme.Source]]] = []
-        self.gate, self.stopped = threading.Event(), queue.SimpleQueue[list[str]]()  # the model waits at a closed gate
-        self.held_names: set[str] = set()  # whose preparation stops until `preparing_may_go`
-        self.preparing_may_go, self.preparing = threading.Event(), queue.SimpleQueue[str]()
-        self.ready, self.ready_changed = Counter[str](), threading.Condition()
+        self.prepare_faults: dict[str, BaseException] = {}
+        self.model_faults: dict[str, BaseException | float] = {}  # raised, or put into the vector
+        self.room = 1 << 30  # inputs for which there is memory
+        self.gate, self.busy = threading.Event(), False  # the model waits at a closed gate
+        self.slow, self.may_go = "", threading.Event()  # whose preparation lasts until `may_go`
         self.gate.set()
-        limits = gme.Settings(max_queue=max_queue, cache_mb=cache_mb)
-        self.batcher = Watched(self.prepare, self.embed, DIMENSION, limits, max_tokens)
-        self.batcher.watch = self.note_ready
+        self.requests: list[tuple[asyncio.Task[gme.Answer], Sequence[gme.Source]]] = []
+        self.batcher = gme.Batcher(self.prepare, self.embed, max_tokens, max_queue, cache_entries)
 
-    def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input | gme.InputError]:
-        results: list[gme.Input | gme.InputError] = []
-        for source in sources:
-            name = name_of(source)
+    def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input | gme.ServiceError]:
+        results: list[gme.Input | gme.ServiceError] = []
+        for name, source in zip(map(name_of, sources), sources, strict=True):
             self.prepared.append(name)
-            if name in self.held_names:
-                self.preparing.put(name)
-                assert self.preparing_may_go.wait(PATIENCE)
-            fault = self.fault(name)
-            if isinstance(fault, BaseException) and not isinstance(fault, gme.InputError) and name.startswith("p-"):
+            self.loop.call_soon_threadsafe(self.changed.set)
+            if name == self.slow:
+                assert self.may_go.wait(PATIENCE)
+            fault = self.prepare_faults.get(name)
+            if fault and not isinstance(fault, gme.ServiceError):
                 raise fault
-            results.append(fault if isinstance(fault, gme.InputError) else read(source))
+            results.append(fault or read(source, functools.partial(self.note_ready, name)))
         return results
 
     def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:
         names, gate = [name_of(one) for one in inputs], self.gate
         self.batches.append(names)
         if not gate.is_set():
-            self.stopped.put(names)
+            self.busy = True
+            self.loop.call_soon_threadsafe(self.changed.set)
             assert gate.wait(PATIENCE)
-        if len(inputs) > self.most:
+        if len(inputs) > self.room:
             raise MemoryError
         vectors = np.array([identity(one) for one in inputs])
-        for row, fault in enumerate(map(self.fault, names)):
+        for vector, fault in zip(vectors, map(self.model_faults.get, names), strict=True):
             if isinstance(fault, BaseException):
                 raise fault
             if fault is not None:
-                vectors[row, 1] = fault
+                vector[1] = fault
         return vectors
 
     def note_ready(self, name: str) -> None:
-        with self.ready_changed:
-            self.ready[name] += 1
-            self.ready_changed.notify_all()
+        self.ready[name] += 1
+        self.changed.set()
 
-    def await_ready(self, *names: str) -> None:
-        """Wait until each of the names has been ready as often as it stands here."""
-        with self.ready_changed:
-            assert self.ready_changed.wait_for(lambda: self.ready >= Counter(names), PATIENCE), self.ready
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
 
-    def submit(self, *sources: gme.Source) -> gme.Job:
-        job = self.batcher.submit(sources)
-        self.jobs.append((job, sources))
-        return job
+    async def submit(self, *sources: gme.Source) -> asyncio.Task[gme.Answer]:
+        """A request that is in the queue, or refused, when this returns."""
+        task = asyncio.create_task(self.batcher.embed(sources))
+        self.requests.append((task, sources))
+        await asyncio.sleep(0)
+        return task
 
-    def submit_ready(self, *sources: gme.Source) -> gme.Job:
-        """Submit, and wait until all of it is ready for the model."""
-        names = Counter(map(name_of, sources))
-        before = Counter({name: self.ready[name] for name in names})
-        job = self.submit(*sources)
-        self.await_ready(*(names + before).elements())
-        return job
+    async def submit_ready(self, *sources: gme.Source) -> asyncio.Task[gme.Answer]:
+        """A request of which all is ready for the model when this returns."""
+        expected = self.ready + Counter(map(name_of, sources))
+        task = await self.submit(*sources)
+        await self.until(lambda: self.ready >= expected)
+        return task
 
-    @contextlib.contextmanager
-    def held(self, *sources: gme.Source) -> Iterator[gme.Job]:
-        """Within the block the model is busy with the first batch of `sources`; then it goes on."""
-        self.gate = threading.Event()
+    async def cancel(self, *tasks: asyncio.Task[gme.Answer]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await asyncio.sleep(0)
+
+    @contextlib.asynccontextmanager
+    async def held(self, *sources: gme.Source) -> AsyncIterator[asyncio.Task[gme.Answer]]:
+        """Within the block the model is busy with the first batch of `sources`; after it, all is answered."""
+        self.gate, self.busy = threading.Event(), False
         try:
-            job = self.submit(*sources or [text("plug")])
-            self.stopped.get(timeout=PATIENCE)
-            yield job
+            task = await self.submit(*sources or [text("plug")])
+            await self.until(lambda: self.busy)
+            yield task
         finally:
             self.gate.set()
+        await asyncio.wait([task for task, _ in self.requests])
 
-    def step(self) -> list[str]:
-        """Within `held`: let the model end its batch, and wait until it is busy with the next; the names in that."""
-        gate, self.gate = self.gate, threading.Event()
+    async def batches_of(self, *requests: Sequence[gme.Source]) -> list[list[str]]:
+        """The batches of requests that came, one after the other, while the model was busy."""
+        async with self.held():
+            for request in requests:
+                await self.submit_ready(*request)
+        return self.batches[1:]
+
+    async def step(self) -> None:
+        """Within `held`: let the model end its batch, and wait until it is busy with the next."""
+        gate, self.gate, self.busy = self.gate, threading.Event(), False
         gate.set()
-        return self.stopped.get(timeout=PATIENCE)
+        await self.until(lambda: self.busy)
 
-    def batch_of(self, name: str) -> int:
-        return next(number for number, names in enumerate(self.batches) if name in names)
-
-    def check(self) -> None:
-        """Every job has ended, those with an answer have their own vectors, and nothing is left of any."""
+    async def check(self) -> None:
+        """Every request has ended, those with an answer have their own vectors, and nothing is left of any."""
         self.gate.set()
-        self.preparing_may_go.set()
-        for job, sources in self.jobs:
-            if not job.cancelled() and job.exception(PATIENCE) is None:
+        self.may_go.set()
+        for task, sources in self.requests:
+            (answer,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(answer, gme.Answer):
                 inputs = [read(source) for source in sources]
-                np.testing.assert_array_equal(job.vectors, [identity(one) for one in inputs])
-                assert job.tokens == sum(len(one.token_ids) for one in inputs)
-        self.batcher.close()
-        assert not any(thread.is_alive() for thread in self.batcher._threads)
+                np.testing.assert_array_equal(answer.embeddings, [identity(one) for one in inputs])
+                assert answer.tokens == sum(len(one.token_ids) for one in inputs)
+            else:
+                assert isinstance(answer, gme.ServiceError | asyncio.CancelledError)
         assert self.batcher.depth == 0
-        assert not self.batcher._open
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture
-def make(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
+async def make() -> AsyncIterator[Make]:
+    async with contextlib.AsyncExitStack() as stack:
 
-    def make_one(**options: float) -> Rig:
-        rigs.append(Rig(**options))
-        return rigs[-1]
+        async def make_one(**options: int) -> Rig:
+            rig = Rig(**options)
+            await stack.enter_async_context(rig.batcher.running())
+            stack.push_async_callback(rig.check)
+            return rig
 
-    yield make_one
-    for rig in rigs:
-        rig.check()
-    assert not [record for record in caplog.get_records("call") if record.name == "concurrent.futures"]
-
-
-@pytest.fixture
-def nervous() -> Iterator[None]:
-    """Threads take turns so often that what a lock should have kept together comes apart."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+        yield make_one
 
 
 @pytest.fixture
-def rig(make: Callable[..., Rig]) -> Rig:
-    return make()
+async def rig(make: Make) -> Rig:
+    return await make()
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+async def error_of(task: asyncio.Task[gme.Answer]) -> gme.ServiceError:
+    with pytest.raises(gme.ServiceError) as caught:
+        await task
+    return caught.value
 
 
-def test_an_idle_batcher_answers_a_lone_query_at_once(rig: Rig) -> None:
-    job = rig.submit(text("lone"))
+# ------------------------------------------------------------------------------------------------- batches and fairness
 
-    assert job.exception(PATIENCE) is None
-    assert rig.batches == [["lone"]]
-
-
-@pytest.mark.parametrize("again", range(10))
-def test_the_texts_of_a_request_are_one_batch(rig: Rig, again: int) -> None:
-    names = [f"text {number}" for number in range(32)]
-
-    rig.submit(*map(text, names)).result(PATIENCE)
-
-    assert rig.batches == [names]
-
-
-def test_concurrent_requests_share_a_batch(rig: Rig) -> None:
-    names = [f"request {number}" for number in range(32)]
-
-    with rig.held():
-        for name in names:
-            rig.submit_ready(text(name, 12))
-
-    rig.jobs[-1][0].result(PATIENCE)
-    assert rig.batches == [["plug"], names]
+POLICY = {  # the most tokens of a batch; what comes while the model is busy; the batches that it gets then
+    "concurrent requests share a batch": (1000, ["a", "b", "c"], ["a b c"]),
+    "a batch may be as full as the limit": (100, ["a b c d e f g h i j k"], ["a b c d e f g h i j", "k"]),
+    "a longer input than a batch goes alone": (100, ["a:150", "b:150", "c:90", "d"], ["a", "b", "c", "d"]),
+    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a b c"]),
+    "and no more than a fifth": (1000, ["a:100", "b:39", "c:100"], ["a c", "b"]),
+    "the oldest goes first among equals": (10, ["a", "b", "c"], ["a", "b", "c"]),
+    "the shortest of a request goes first": (30, ["c:28 a:16 b:18"], ["a", "b", "c"]),
+    "what fits worse is not displaced by what is later": (30, ["a", "b:9", "c:9", "d", "e"], ["a b c", "d e"]),
+    "requests of many inputs take turns": (10, ["a b c", "d e f"], ["a", "d", "b", "e", "c", "f"]),
+    "a lone query overtakes the rest of an older request": (10, ["a b c", "d"], ["a", "d", "b", "c"]),
+    "equal inputs are computed once": (1000, ["a b b", "a", "b a"], ["a b"]),
+    "an equal lone query brings an input forward": (10, ["a b c d", "d"], ["a", "d", "b", "c"]),
+}
 
 
-def test_the_answer_is_in_the_order_of_the_request_whatever_the_lengths(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=100)
-
-    rig.submit(*(text(str(number), length) for number, length in enumerate([9, 50, 3, 100, 7, 300, 3])))
-
-    rig.check()  # which compares the vectors
-
-
-def test_a_longer_input_than_a_batch_may_be_goes_alone(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=100)
-
-    with rig.held():
-        rig.submit_ready(text("long", 150))
-        rig.submit_ready(text("as long", 150))
-        last = rig.submit_ready(text("short", 100))
-
-    last.result(PATIENCE)
-    assert rig.batches == [["plug"], ["long"], ["as long"], ["short"]]
+@pytest.mark.parametrize("name", POLICY)
+async def test_the_policy(make: Make, name: str) -> None:
+    max_tokens, requests, batches = POLICY[name]
+    rig = await make(max_tokens=max_tokens)
+    sources = [
+        [text(one, int(length or 10)) for one, _, length in (item.partition(":") for item in request.split())]
+        for request in requests
+    ]
+    assert [sorted(names) for names in await rig.batches_of(*sources)] == [names.split() for names in batches]
 
 
-def test_a_batch_may_be_as_full_as_the_limit(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=100)
-
-    with rig.held():
-        last = rig.submit_ready(*(text(str(number)) for number in range(11)))
-
-    last.result(PATIENCE)
-    assert list(map(len, rig.batches)) == [1, 10, 1]
-
-
-def test_a_batch_has_at_most_a_fifth_of_padding(rig: Rig) -> None:
-    with rig.held():
-        rig.submit_ready(text("a", 100))
-        rig.submit_ready(text("b", 61))  # 39 of 200 are padding
-        rig.submit_ready(text("c", 55))  # 84 of 300 would be
-        last = rig.submit_ready(text("d", 100))
-
-    last.result(PATIENCE)
-    assert list(map(sorted, rig.batches)) == [["plug"], ["a", "b", "d"], ["c"]]
-
-
-def test_different_instructions_never_share_a_batch(rig: Rig) -> None:
-    with rig.held():
-        for number in range(6):
-            last = rig.submit_ready(text(f"{number}", 10, "a query" if number % 2 else "a document"))
-
-    last.result(PATIENCE)
-    assert rig.batches == [["plug"], ["0", "2", "4"], ["1", "3", "5"]]
-
-
-def test_texts_and_images_share_a_batch(rig: Rig) -> None:
-    with rig.held():
-        rig.submit_ready(text("text", 20))
-        last = rig.submit_ready(image("image", 20))
-
-    last.result(PATIENCE)
-    assert rig.batches == [["plug"], ["text", "image"]]
+async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:
+    sources = [text("a"), text("b", 10, "j"), image("c"), image("d", 10, 1, "j")]
+    assert await rig.batches_of(*([source] for source in sources)) == [["a", "c"], ["b", "d"]]
 
 
 REQUESTS = st.lists(
@@ -298,22 +263,25 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(REQUESTS)
 def test_every_batch_keeps_the_rules(requests: list[tuple[list[int], str]]) -> None:
-    rig, numbers = Rig(max_tokens=100), itertools.count()
-    sources = [
-        [text(str(next(numbers)), length, instruction) for length in lengths] for lengths, instruction in requests
-    ]
+    numbers = itertools.count()
+    sources = [[text(str(next(numbers)), length, i) for length in lengths] for lengths, i in requests]
 
-    with rig.held():
-        for request in sources:
-            rig.submit(*request)
-    rig.check()
+    async def batches() -> list[list[str]]:
+        rig = Rig(max_tokens=100)
+        async with rig.batcher.running():
+            async with rig.held():
+                for request in sources:
+                    await rig.submit(*request)
+            await rig.check()
+        return rig.batches[1:]
 
     by_name = {name_of(source): source for request in sources for source in request}
-    assert sorted(itertools.chain(*rig.batches)) == sorted([*by_name, "plug"])
-    for names in rig.batches[1:]:
+    computed = asyncio.run(batches())
+    assert sorted(itertools.chain(*computed)) == sorted(by_name)
+    for names in computed:
         lengths = [len(by_name[name].text) for name in names]
         area = len(names) * max(lengths)
         assert area <= 100 or len(names) == 1
@@ -321,765 +289,299 @@ def test_every_batch_keeps_the_rules(requests: list[tuple[list[int], str]]) -> N
         assert len({by_name[name].instruction for name in names}) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- fairness
-
-
-def test_oldest_first_among_equals(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held():
-        for name in "abcd":
-            last = rig.submit_ready(text(name))
-
-    last.result(PATIENCE)
-    assert rig.batches == [["plug"], ["a"], ["b"], ["c"], ["d"]]
-
-
-def test_a_later_input_does_not_displace_an_earlier_one_that_fits_less_well(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=30)
-
-    with rig.held():
-        for name, length in {"a": 10, "b": 9, "c": 9, "d": 10, "e": 10}.items():
-            last = rig.submit_ready(text(name, length))
-
-    last.result(PATIENCE)
-    assert list(map(sorted, rig.batches)) == [["plug"], ["a", "b", "c"], ["d", "e"]]
-
-
-def test_the_first_of_a_new_request_overtakes_the_rest_of_an_old_one(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held():
-        rig.submit_ready(text("old 0"), text("old 1"), text("old 2"))
-        new = rig.submit_ready(text("new 0"))
-
-    new.result(PATIENCE)
-    assert rig.batches[:3] == [["plug"], ["old 0"], ["new 0"]]
-
-
-def test_requests_of_many_inputs_take_turns(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held():
-        rig.submit(text("a0"), text("a1"), text("a2"))
-        last = rig.submit(text("b0"), text("b1"), text("b2"))
-        rig.await_ready("a0", "b0", "a1", "b1")
-
-    last.result(PATIENCE)
-    assert rig.batches[1:5] == [["a0"], ["b0"], ["a1"], ["b1"]]
-    assert sorted(itertools.chain(*rig.batches[5:])) == ["a2", "b2"]
-
-
-def test_the_shortest_of_a_request_goes_first(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=30)
-
-    with rig.held():
-        last = rig.submit_ready(text("c", 28), text("a", 10), text("b", 18))
-
-    last.result(PATIENCE)
-    assert rig.batches == [["plug"], ["a"], ["b"], ["c"]]
-
-
-def test_a_lone_query_during_a_bulk_job_is_in_the_next_batch(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=200)
-
-    with rig.held(*(text(f"bulk {number}") for number in range(2000))):
-        rig.await_ready(*(f"bulk {number}" for number in range(60)))
-        rig.submit_ready(text("lone"))
-
-    rig.jobs[0][0].result(PATIENCE)
-    assert rig.batch_of("lone") == 1
-    assert len(rig.batches[1]) == 20  # and the bulk job fills it
-
-
-def test_lone_queries_that_come_one_after_the_other_are_all_in_the_next_batch(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=200)
-
-    with rig.held(*(text(f"bulk {number}") for number in range(500))):
-        rig.await_ready(*(f"bulk {number}" for number in range(60)))
+async def test_small_requests_during_a_bulk_job_are_in_the_next_batch(make: Make) -> None:
+    rig = await make(max_tokens=500)
+    async with rig.held(*(text(f"bulk {number}") for number in range(2000))):
+        await rig.until(lambda: rig.ready.total() > 100)
         for number in range(10):
-            rig.submit_ready(text(f"lone {number}"))
-
-    rig.jobs[0][0].result(PATIENCE)
-    assert {rig.batch_of(f"lone {number}") for number in range(10)} == {1}
-
-
-def test_a_small_request_during_a_bulk_job_is_in_the_next_batch(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=400)
-
-    with rig.held(*(text(f"bulk {number}") for number in range(500))):
-        rig.await_ready(*(f"bulk {number}" for number in range(200)))
-        rig.submit_ready(*(text(f"small {number}") for number in range(16)))
-
-    rig.jobs[0][0].result(PATIENCE)
-    assert {rig.batch_of(f"small {number}") for number in range(16)} == {1}
+            await rig.submit_ready(text(f"lone {number}"))
+        await rig.submit_ready(*(text(f"small {number}") for number in range(16)))
+    assert len([name for name in rig.batches[1] if not name.startswith("bulk")]) == 26
+    assert len(rig.batches[1]) == 50  # and the bulk job fills it
 
 
-def test_a_bulk_job_goes_on_while_more_lone_queries_keep_coming_than_a_batch_takes(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=100)
-    with rig.held(*(text(f"bulk {number:02}") for number in range(90))):
-        for _ in range(5):
-            rig.step()
-        before = len(rig.batches)
+async def test_a_bulk_job_goes_on_while_more_queries_come_than_a_batch_takes(make: Make) -> None:
+    rig = await make(max_tokens=100)
+    async with rig.held(*(text(f"bulk {number:02}") for number in range(90))):
         for turn in range(30):
             for number in range(12):
-                rig.submit(text(f"{turn} {number}"))
-            rig.step()
-
-    taken = [sum(name.startswith("bulk") for name in names) for names in rig.batches[before : before + 30]]
-    assert 10 <= sum(taken) <= 30 + 10  # about one a batch, and what was ready before the first lone query
-
-
-def cache_mb(vectors: int) -> float:
-    return vectors * (4 * DIMENSION + gme.CACHE_ENTRY_BYTES) / 2**20
+                await rig.submit(text(f"{turn} {number}"))
+            await rig.step()
+    taken = [sum(name.startswith("bulk") for name in names) for names in rig.batches[1:31]]
+    assert 10 <= sum(taken) <= 40  # about one a batch
 
 
-def hits() -> float:
-    return REGISTRY.get_sample_value("gme_cache_hits_total") or 0
+# ---------------------------------------------------------------------------------------------- equal inputs, the cache
 
 
-def test_equal_inputs_that_wait_together_are_computed_once(rig: Rig) -> None:
-    with rig.held():
-        rig.submit_ready(text("same"), text("other"), text("same"))
-        rig.submit_ready(text("same"))
-        last = rig.submit_ready(image("same"), image("same"))
-
-    last.result(PATIENCE)
-    assert Counter(itertools.chain(*rig.batches)) == {"plug": 1, "same": 2, "other": 1}  # the text and the image
+async def test_an_input_equal_to_one_that_is_being_computed_waits_for_that(rig: Rig) -> None:
+    async with rig.held(text("same")):
+        await rig.submit_ready(text("same"), text("other"))
+    assert rig.batches == [["same"], ["other"]]
 
 
-def test_inputs_that_differ_in_anything_are_computed_apart(rig: Rig) -> None:
-    with rig.held():
-        rig.submit_ready(text("same"), text("same", 11))
-        rig.submit_ready(text("same", 10, "another instruction"))
-        rig.submit_ready(image("same", 10, pixel=1), image("same", 10, pixel=2))
-
-    rig.check()
-    assert Counter(itertools.chain(*rig.batches)) == {"plug": 1, "same": 5}
-
-
-def test_an_equal_lone_query_brings_the_bulk_jobs_input_forward(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held():
-        rig.submit_ready(text("a"), text("b"), text("c"), text("d"))
-        lone = rig.submit_ready(text("d"))
-
-    lone.result(PATIENCE)
-    assert rig.batches[:3] == [["plug"], ["a"], ["d"]]
+@pytest.mark.parametrize("cache_entries", [0, 100])
+async def test_inputs_that_differ_in_anything_are_computed_apart(make: Make, cache_entries: int) -> None:
+    rig = await make(cache_entries=cache_entries)
+    differ = [text("same"), text("same", 11), text("same", 10, "j"), image("same"), image("same", 10, pixel=2)]
+    for source in differ:
+        task = await rig.submit(source)
+        if cache_entries:  # one after the other, so that each could find the one before in the cache
+            await task
+    await rig.check()
+    assert Counter(itertools.chain(*rig.batches)) == {"same": 5}
 
 
-def test_cancelling_one_of_two_equal_inputs_leaves_the_other(rig: Rig) -> None:
-    with rig.held():
-        left = rig.submit_ready(text("same"))
-        stays = rig.submit_ready(text("same"))
-        left.cancel()
-
-    assert stays.exception(PATIENCE) is None
-
-
-def test_a_repeated_input_is_answered_without_the_model(make: Callable[..., Rig]) -> None:
-    rig, before = make(cache_mb=1), hits()
-
-    rig.submit(text("a"), text("b")).result(PATIENCE)
-    rig.submit(text("b"), text("a"), text("a")).result(PATIENCE)
-
-    assert rig.batches == [["a", "b"]]
-    assert hits() - before == 3
+@pytest.mark.parametrize(
+    ("cache_entries", "batches"), [(2, [["a", "b"], ["c"], ["b"]]), (0, [["a", "b"], ["b", "a"], ["c"], ["a"], ["b"]])]
+)
+async def test_the_cache_forgets_what_was_not_asked_for_the_longest(
+    make: Make, cache_entries: int, batches: list[list[str]]
+) -> None:
+    rig = await make(cache_entries=cache_entries)
+    for names in ["ab", "bba", "c", "a", "b"]:  # c takes the place of b, which a was asked for after
+        await (await rig.submit(*map(text, names)))
+    assert rig.batches == batches
 
 
-def test_the_cache_does_not_confuse_what_differs(make: Callable[..., Rig]) -> None:
-    rig, before = make(cache_mb=1), hits()
+async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_and_nothing_of_a_clients() -> None:
+    arrays = []
 
-    for source in (
-        text("same"),
-        text("same", 11),
-        text("same", 10, "another"),
-        image("same"),
-        image("same", 10, pixel=2),
-    ):
-        rig.submit(source).result(PATIENCE)
+    def prepare(sources: Sequence[gme.Source]) -> list[gme.Input]:
+        inputs = [read(source) for source in sources]
+        arrays.extend(weakref.ref(one.patches) for one in inputs)
+        return inputs
 
-    assert rig.batches == [["same"]] * 5
-    assert hits() == before
+    def embed(inputs: Sequence[gme.Input]) -> np.ndarray:
+        vectors = np.ones((len(inputs), 4), np.float32)
+        arrays.append(weakref.ref(vectors))
+        return vectors
 
-
-def test_the_cache_forgets_the_one_not_asked_for_the_longest(make: Callable[..., Rig]) -> None:
-    rig = make(cache_mb=cache_mb(2))
-
-    for name in ["a", "b", "a", "c", "a", "b"]:  # c takes the place of b, not of a
-        rig.submit(text(name)).result(PATIENCE)
-
-    assert list(itertools.chain(*rig.batches)) == ["a", "b", "c", "b"]
-
-
-def test_the_cache_is_bounded_in_bytes() -> None:
-    """Also when what it keeps has been computed in batches with what it has forgotten."""
-    dimension, megabytes, kept = 1024, 4, []
-    limits = gme.Settings(cache_mb=megabytes)
-    batcher = gme.Batcher(
-        lambda sources: list(map(read, sources)),
-        lambda inputs: np.ones((len(inputs), dimension), np.float32),
-        dimension,
-        limits,
-        max_tokens=1000,
-    )
-
-    tracemalloc.start()
-    try:
-        for number in range(200):
-            fresh = [text(f"{number} {i}") for i in range(20)]
-            kept.append(fresh[0])
-            batcher.submit(fresh).result(PATIENCE)
-            if number % 20 == 0:
-                batcher.submit(kept).result(PATIENCE)
-        for number in range(20):  # so that no thread holds an answer of before
-            batcher.submit([text(f"last {number}")]).result(PATIENCE)
+    batcher = gme.Batcher(prepare, embed, 1000, cache_entries=50)
+    async with batcher.running():
         gc.collect()
-        taken, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        batcher.close()
-
-    assert 0.9 * megabytes < taken / 2**20 < 1.4 * megabytes
-
-
-def test_a_cached_vector_is_not_the_clients(make: Callable[..., Rig]) -> None:
-    rig = make(cache_mb=1)
-    answered = [rig.submit(text("a")), rig.submit(text("a"))]
-    for job in answered:
-        job.result(PATIENCE)
-        job.vectors[:] = 0
-    rig.jobs.clear()
-
-    rig.submit(text("a")).result(PATIENCE)
-
-    rig.check()  # which compares the vectors
-
-
-def test_a_cache_of_no_size_is_off(make: Callable[..., Rig]) -> None:
-    rig, before = make(cache_mb=0), hits()
-
-    for _ in range(2):
-        rig.submit(text("a")).result(PATIENCE)
-
-    assert rig.batches == [["a"], ["a"]]
-    assert hits() == before
+        gc.disable()
+        try:
+            for number in range(100):
+                answer = await batcher.embed([image(f"{number // 2}")])
+                assert (answer.embeddings == 1).all()
+                answer.embeddings[:] = 0
+            alive = sum(array() is not None for array in arrays)
+        finally:
+            gc.enable()
+    assert alive < 15 < len(arrays)  # the last batch, and the last of each thread
 
 
 # -------------------------------------------------------------------------------------------------- cancelled, too much
 
 
-def test_a_job_cancelled_when_ready_does_not_reach_the_model(rig: Rig) -> None:
-    with rig.held():
-        gone = rig.submit_ready(text("gone 0"), text("gone 1"))
-        stays = rig.submit_ready(text("stays"))
+async def test_a_request_cancelled_when_ready_does_not_reach_the_model_and_leaves_the_others(rig: Rig) -> None:
+    async with rig.held():
+        gone, stays = await rig.submit_ready(text("gone"), text("same")), await rig.submit_ready(text("same"))
         assert rig.batcher.depth == 4
-        gone.cancel()
+        await rig.cancel(gone)
         assert rig.batcher.depth == 2
-
-    stays.result(PATIENCE)
-    assert rig.batches == [["plug"], ["stays"]]
-
-
-def test_a_job_cancelled_before_it_is_prepared_is_not_prepared(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held():
-        for number in range(gme.AHEAD_BATCHES):
-            rig.submit_ready(text(f"{number}"))
-        gone = rig.submit(text("gone 0"), text("gone 1"))  # enough is ready before it
-        gone.cancel()
-        stays = rig.submit(text("stays"))
-        assert rig.batcher.depth == 1 + gme.AHEAD_BATCHES + 1
-
-    stays.result(PATIENCE)
-    assert not [name for name in rig.prepared if name.startswith("gone")]
+        await rig.step()
+        other = await rig.submit_ready(text("same"))
+        await rig.cancel(stays)
+    await other
+    assert rig.batches == [["plug"], ["same"]]
 
 
-def test_a_job_cancelled_while_it_is_prepared_does_not_reach_the_model(rig: Rig) -> None:
-    rig.held_names = {"gone"}
-    gone = rig.submit(text("gone"), text("also gone", 11))
-    rig.preparing.get(timeout=PATIENCE)
-
-    gone.cancel()
+async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model(rig: Rig) -> None:
+    rig.slow = "gone"
+    gone = await rig.submit(text("gone"), text("also gone", 11))
+    await rig.until(lambda: "gone" in rig.prepared)
+    await rig.cancel(gone)
     assert rig.batcher.depth == 0
-    rig.preparing_may_go.set()
-    rig.submit(text("stays")).result(PATIENCE)
-
-    rig.check()
+    rig.may_go.set()
+    await rig.until(lambda: rig.ready["also gone"])
+    await (await rig.submit(text("stays")))
     assert rig.batches == [["stays"]]
 
 
-def test_a_job_cancelled_in_the_batch_under_way_leaves_the_others(rig: Rig) -> None:
-    with rig.held():
-        gone, stays = rig.submit_ready(text("gone")), rig.submit_ready(text("stays"))
-        assert rig.step() == ["gone", "stays"]
-        gone.cancel()
-        assert rig.batcher.depth == 1
-
-    assert stays.exception(PATIENCE) is None
+async def test_preparing_stays_a_few_batches_ahead(make: Make) -> None:
+    rig = await make(max_tokens=10)
+    async with rig.held(*(image(f"{number}") for number in range(100))):
+        for _ in range(50):
+            await rig.step()
+            assert len(rig.prepared) < len(rig.batches) + 20
 
 
-@pytest.mark.parametrize("fault", [None, RuntimeError("boom"), SystemExit()])
-def test_a_job_cancelled_just_as_it_ends_leaves_the_others(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, fault: BaseException | None
-) -> None:
-    rig.fault = lambda name: fault if name == "gone" else None
-    died = threading.Event()
-    rig.batcher.on_death = died.set
-
-    with rig.held():
-        gone, stays = rig.submit_ready(text("gone")), rig.submit_ready(text("stays"))
-        end = gone.set_running_or_notify_cancel
-        monkeypatch.setattr(gone, "set_running_or_notify_cancel", lambda: gone.cancel() and end())
-
-    if isinstance(fault, SystemExit):
-        assert died.wait(PATIENCE)
-        assert isinstance(stays.exception(PATIENCE), gme.UnavailableError)
-    else:
-        assert stays.exception(PATIENCE) is None
-        assert rig.batcher.alive
-    assert gone.cancelled()
+async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make: Make) -> None:
+    rig = await make(max_tokens=10)
+    async with rig.held():
+        *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
+        await rig.cancel(*gone)
+        assert rig.batcher.depth == 2
+        await rig.until(lambda: rig.ready["99"])
+    await stays
+    assert rig.batches == [["plug"], ["99"]]
+    assert len(rig.prepared) < 50
 
 
-def test_cancelling_a_bulk_job_drops_the_rest_of_it(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=100)
-
-    with rig.held(*(text(f"{number}") for number in range(10_000))) as bulk:
-        assert rig.batcher.depth == 10_000
-        bulk.cancel()
-        assert rig.batcher.depth == 0
-
-    rig.submit(text("next")).result(PATIENCE)
-    assert rig.batches[1:] == [["next"]]
-    assert len(rig.prepared) < 10_000
-
-
-def test_work_goes_on_when_all_that_was_ready_is_cancelled(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-
-    with rig.held() as plug:
-        ready = [rig.submit_ready(text(f"{number}")) for number in range(gme.AHEAD_BATCHES)]
-        waits = rig.submit(text("waits"))  # to be prepared
-        for job in [plug, *ready]:
-            job.cancel()
-        assert not wait([waits], 0.1).done
-
-    assert waits.exception(PATIENCE / 10) is None
-    assert rig.batches == [["plug"], ["waits"]]
-
-
-def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Callable[..., Rig]) -> None:
-    rig = make(max_queue=4)
-
-    with rig.held():
-        gone = rig.submit_ready(text("a"), text("b"))
-        with pytest.raises(gme.UnavailableError, match="wait"):
-            rig.submit(text("c"), text("d"))
-        last = rig.submit(text("c"))
-        with pytest.raises(gme.UnavailableError, match="wait"):
-            rig.submit(text("d"))
-        gone.cancel()
-        rig.submit(text("d"), text("e"))
-        assert rig.batcher.depth == 4
-
-    last.result(PATIENCE)
-    for job, _ in rig.jobs:
-        if not job.cancelled():
-            job.result(PATIENCE)
-    rig.submit(*map(text, "fghi")).result(PATIENCE)
-
-
-def test_a_failed_request_gives_its_room_back(make: Callable[..., Rig]) -> None:
-    rig = make(max_queue=3)
-    rig.fault = lambda name: gme.InputError("it is bad") if name == "bad" else None
-
-    for _ in range(3):
-        assert rig.submit(text("bad"), text("a"), text("b")).exception(PATIENCE)
-
-    rig.submit(text("a"), text("b"), text("c")).result(PATIENCE)
-
-
-# ------------------------------------------------------------------------------------------------------------ preparing
-
-
-def test_preparing_stays_a_few_batches_ahead(make: Callable[..., Rig]) -> None:
-    rig, too_many = make(max_tokens=10), threading.Event()
-    most = 1 + gme.AHEAD_BATCHES + PREPARE_THREADS  # under way, ready, and one per thread that saw room for it
-
-    def watch(name: str) -> None:
-        if len(rig.prepared) > most:
-            too_many.set()
-
-    rig.fault = watch
-    with rig.held(*(image(f"{number}") for number in range(100))):
-        rig.await_ready(*(f"{number}" for number in range(1 + gme.AHEAD_BATCHES)))
-        assert not too_many.wait(0.2)
-        assert len(rig.prepared) >= 1 + gme.AHEAD_BATCHES
-
-    rig.jobs[0][0].result(PATIENCE)
-    assert len(rig.batches) == 100
-
-
-def test_the_next_batch_is_prepared_while_the_model_is_busy(rig: Rig) -> None:
-    with rig.held():
-        rig.submit(text("next"))
-        rig.await_ready("next")
-
-
-def test_a_text_does_not_wait_until_an_image_is_prepared(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=10)
-    rig.held_names = {"image"}
-
-    with rig.held():
-        for number in range(gme.AHEAD_BATCHES):
-            rig.submit_ready(text(f"{number}"))
-        query, picture = rig.submit(text("query")), rig.submit(image("image"))  # both wait to be prepared
-
-    assert query.exception(PATIENCE / 10) is None
+async def test_a_text_does_not_wait_until_an_image_is_prepared(rig: Rig) -> None:
+    rig.slow = "image"
+    picture = await rig.submit(image("image"))
+    await (await rig.submit(text("query")))
     assert not picture.done()
+
+
+async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Make) -> None:
+    rig = await make(max_queue=4)
+    rig.model_faults["bad"] = RuntimeError("boom")
+    async with rig.held():
+        gone = await rig.submit(text("a"), text("bad"))
+        assert isinstance(await error_of(await rig.submit(text("c"), text("d"))), gme.BusyError)
+        last = await rig.submit(text("c"))
+        assert isinstance(await error_of(await rig.submit(text("d"))), gme.BusyError)
+        await rig.cancel(gone)
+        await rig.submit(text("d"), text("bad"))
+        assert rig.batcher.depth == 4
+    await last
+    await rig.check()
+    await (await rig.submit(*map(text, "efgh")))
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_an_input_that_cannot_be_prepared_fails_its_own_request_with_its_position(rig: Rig) -> None:
-    error = gme.InputError("it is bad")
-    rig.fault = lambda name: error if name == "bad" else None
-
-    with rig.held():
-        others = [rig.submit(text("a"))]
-        bad = rig.submit(text("b", 20), text("c", 30), text("bad", 10))
-        others.append(rig.submit(text("d")))
-
-    assert bad.exception(PATIENCE) is error
-    assert bad.failed == 2
-    assert [job.exception(PATIENCE) for job in others] == [None, None]
-
-
-@pytest.mark.parametrize("fault", [RuntimeError("boom"), MemoryError(), BaseException("a panic of the tokenizer's")])
-def test_an_input_that_nobody_expected_to_fail_in_preparing_fails_alone(rig: Rig, fault: BaseException) -> None:
-    rig.fault = lambda name: fault if name == "p-bad" else None
-
-    for _ in range(PREPARE_THREADS + 1):
-        with rig.held():
-            before = rig.submit(text("a"), text("b"))
-            bad = rig.submit(text("c"), text("p-bad"))
-            after = rig.submit(text("d"))
-        assert bad.exception(PATIENCE / 10)
-        assert bad.failed == 1
-        assert before.exception(PATIENCE) is after.exception(PATIENCE) is None
-
-
-def test_a_batch_that_does_not_fit_is_halved(rig: Rig) -> None:
-    rig.most = 3
-
-    rig.submit(*map(text, "abcdefgh")).result(PATIENCE)
-
-    assert list(map(len, rig.batches)) == [8, 4, 2, 2, 4, 2, 2]
-
-
-def test_an_input_that_does_not_fit_even_alone_fails_alone(rig: Rig) -> None:
-    rig.fault = lambda name: MemoryError() if name == "huge" else None
-
-    with rig.held():
-        others = [rig.submit_ready(text("a")), rig.submit_ready(text("b"))]
-        huge = rig.submit_ready(text("c"), text("huge"))
-        others.append(rig.submit_ready(text("d")))
-
-    assert isinstance(huge.exception(PATIENCE), MemoryError)
-    assert huge.failed == 1
-    assert [job.exception(PATIENCE) for job in others] == [None] * 3
-
-
-def test_a_poisoned_input_fails_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    rig.fault = lambda name: RuntimeError("boom") if name == "poison" else None
-
-    with rig.held():
-        others = [rig.submit_ready(text(name)) for name in "ab"]
-        poisoned = rig.submit_ready(text("poison"))
-        others += [rig.submit_ready(text(name)) for name in "cd"]
-
-    assert str(poisoned.exception(PATIENCE)) == "boom"
-    assert poisoned.failed == 0
-    assert [job.exception(PATIENCE) for job in others] == [None] * 4
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [RuntimeError]  # logged once
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_vector_that_is_not_finite_fails_alone_and_is_not_remembered(make: Callable[..., Rig], number: float) -> None:
-    rig = make(cache_mb=1)
-    rig.fault = lambda name: number if name == "overflows" else None
-
-    for _ in range(2):
-        bad, good = rig.submit(text("a"), text("overflows")), rig.submit(text("b"))
-        assert isinstance(bad.exception(PATIENCE), FloatingPointError)
-        assert bad.failed == 1
-        assert good.exception(PATIENCE) is None
-
-    assert list(itertools.chain(*rig.batches)).count("overflows") == 2
-
-
-def test_equal_inputs_that_fail_fail_every_request(rig: Rig) -> None:
-    rig.fault = lambda name: RuntimeError("boom") if name == "poison" else None
-
-    with rig.held():
-        jobs = [rig.submit_ready(text("poison")), rig.submit_ready(text("a"), text("poison"))]
-
-    assert [str(job.exception(PATIENCE)) for job in jobs] == ["boom", "boom"]
-    assert [job.failed for job in jobs] == [0, 1]
-
-
-@pytest.mark.parametrize("end", [SystemExit("the device cannot go on"), SystemExit()])
-def test_when_the_model_thread_ends_every_open_job_does(make: Callable[..., Rig], end: BaseException) -> None:
-    rig, died = make(max_tokens=10), queue.SimpleQueue[bool]()
-    rig.fault = lambda name: end if name == "fatal" else None
-    rig.batcher.on_death = lambda: died.put(rig.batcher.alive)
-
-    with rig.held(text("fatal"), text("rest")) as under_way:
-        ready = rig.submit_ready(text("ready"))
-        waiting = rig.submit(*(text(f"{number}") for number in range(50)))
-        left = rig.submit(text("left"))
-        left.cancel()
-
-    assert died.get(timeout=PATIENCE) is False
-    for job in (under_way, ready, waiting):
-        assert isinstance(job.exception(PATIENCE), gme.UnavailableError)
-        assert job.failed is None
-    with pytest.raises(gme.UnavailableError, match="ended"):
-        rig.submit(text("later"))
-    assert rig.batcher.depth == 0
-    assert died.empty()
-    assert rig.batches == [["fatal"]]
-
-
-def test_when_a_preparing_thread_ends_every_open_job_does(make: Callable[..., Rig]) -> None:
-    rig, died = make(), queue.SimpleQueue[bool]()
-    rig.fault = lambda name: SystemExit() if name == "p-fatal" else None
-    rig.batcher.on_death = lambda: died.put(rig.batcher.alive)
-
-    with rig.held() as under_way:
-        jobs = [under_way, rig.submit_ready(text("ready")), rig.submit(text("p-fatal"))]
-        assert died.get(timeout=PATIENCE) is False
-
-    assert all(isinstance(job.exception(PATIENCE), gme.UnavailableError) for job in jobs)
-
-
-def test_closing_ends_the_batch_under_way_and_the_jobs_behind_it(make: Callable[..., Rig]) -> None:
-    rig, died = make(max_tokens=10), threading.Event()
-    rig.batcher.on_death = died.set
-
-    with rig.held() as under_way:
-        ready = rig.submit_ready(text("ready"))
-        waiting = rig.submit(*(text(f"{number}") for number in range(50)))
-        closing = threading.Thread(target=rig.batcher.close)
-        closing.start()
-    closing.join(PATIENCE)
-
-    assert not closing.is_alive()
-    assert under_way.exception(PATIENCE) is None
-    with pytest.raises(gme.UnavailableError):
-        rig.submit(text("later"))
-    assert rig.batcher.depth == 0
-    for job in (ready, waiting):
-        assert job.exception(0) is None or isinstance(job.exception(0), gme.UnavailableError)
-    assert not died.is_set()
-
-
-def test_closing_an_idle_batcher_twice_is_fine(rig: Rig) -> None:
-    rig.batcher.close()
-    rig.batcher.close()
-
-
-# ---------------------------------------------------------------------------------------- from an event loop, at length
-
-
-def test_ended_jobs_are_freed_without_a_garbage_collection(rig: Rig) -> None:
-    async def answer(name: str) -> weakref.ref[gme.Job]:
-        job = rig.batcher.submit([text(name)])
-        await asyncio.wrap_future(job)
-        return weakref.ref(job)
-
-    gc.collect()
-    gc.disable()
-    try:
-        ended = [asyncio.run(answer(f"{number}")) for number in range(30)]
-        alive = sum(job() is not None for job in ended)
-    finally:
-        gc.enable()
-
-    assert alive <= 1 + PREPARE_THREADS  # a thread may still hold the last that it saw
-
-
-def test_an_event_loop_that_submits_and_cancels_never_waits_for_ever(make: Callable[..., Rig]) -> None:
-    rig = make(max_tokens=50)
-
-    async def client(number: int, rng: random.Random) -> int:
-        answered = 0
-        for turn in range(20):
-            answer = asyncio.wrap_future(
-                rig.submit(*(text(f"{number} {turn} {i}") for i in range(rng.randrange(1, 6))))
-            )
-            for _ in range(rng.randrange(3)):
-                await asyncio.sleep(0)
-            if rng.random() < 0.5:
-                answer.cancel()
-            else:
-                await answer
-                answered += 1
-        return answered
-
-    async def clients() -> list[int]:
-        return await asyncio.gather(*(client(number, random.Random(number)) for number in range(20)))
-
-    assert sum(asyncio.run(asyncio.wait_for(clients(), PATIENCE))) > 100
-
-
-def run_together(client: Callable[[random.Random], None], threads: int = 3, seed: int = 0) -> None:
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(client, random.Random(100 * seed + number)) for number in range(threads)]:
-            done.result(PATIENCE)
-
-
-def test_one_thread_at_a_time_changes_the_queue(rig: Rig) -> None:
-    met = queue.SimpleQueue[bool]()
-
-    with rig.held() as under_way:
-
-        def let_the_model_end_its_batch(_: str) -> None:
-            rig.gate.set()
-            met.put(bool(wait([under_way], 0.1).done))
-
-        rig.batcher.watch = let_the_model_end_its_batch  # called in the midst of making an input ready
-        rig.submit(text("next"))
-        assert not met.get(timeout=PATIENCE)
-
-
-@pytest.mark.usefixtures("nervous")
-def test_cancelling_at_the_last_moment_harms_nobody(make: Callable[..., Rig]) -> None:
-    rig, computed = make(max_tokens=100), set[str]()
-    rig.fault = computed.add
-
-    def client(rng: random.Random) -> None:
-        for _ in range(300):
-            name = str(rng.random())[:9]
-            job = rig.submit(text(name))
-            while name not in computed:
-                pass
-            for _ in range(rng.randrange(1500)):
-                pass
-            job.cancel()
-
-    run_together(client)
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (gme.InputError("it is bad"), gme.InputError),
+        (RuntimeError("boom"), gme.ServiceError),
+        (MemoryError(), gme.TooLargeError),
+        (BaseException("a panic of the tokenizer's"), gme.ServiceError),
+    ],
+    ids=lambda one: getattr(one, "__name__", repr(one)),
+)
+async def test_an_input_that_cannot_be_prepared_fails_its_own_request_with_its_position(
+    rig: Rig, fault: BaseException, kind: type[gme.ServiceError]
+) -> None:
+    rig.prepare_faults["bad"] = fault
+    for _ in range(10):  # more often than there are threads
+        async with rig.held():
+            others = [await rig.submit(text("a"))]
+            bad = await rig.submit(text("b", 20), text("c", 30), text("bad", 10))
+            others.append(await rig.submit(text("d")))
+        error = await error_of(bad)
+        assert type(error) is kind
+        assert str(error).startswith("Input 3: ")
+        await asyncio.gather(*others)
     assert rig.batcher.alive
 
 
-@pytest.mark.usefixtures("nervous")
-def test_a_cache_that_is_always_too_small_harms_nobody(make: Callable[..., Rig]) -> None:
-    rig = make(cache_mb=cache_mb(2), max_tokens=20)
-
-    def client(rng: random.Random) -> None:
-        for _ in range(200):
-            rig.submit(*map(text, rng.choices("abcd", k=4))).result(PATIENCE)
-
-    run_together(client)
+async def test_a_batch_that_does_not_fit_into_memory_is_halved(rig: Rig) -> None:
+    rig.room = 3
+    await (await rig.submit(*map(text, "abcdefgh")))
+    assert sum(len(names) for names in rig.batches if len(names) <= 3) == 8
 
 
-@pytest.mark.usefixtures("nervous")
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (MemoryError(), gme.TooLargeError),
+        (RuntimeError("boom"), gme.ServiceError),
+        (float("nan"), gme.ServiceError),
+        (float("inf"), gme.ServiceError),
+    ],
+    ids=repr,
+)
+async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembered(
+    make: Make, caplog: pytest.LogCaptureFixture, fault: BaseException | float, kind: type[Exception]
+) -> None:
+    rig = await make(cache_entries=100)
+    rig.model_faults["bad"] = fault
+    async with rig.held():
+        others = [await rig.submit_ready(text(name)) for name in "ab"]
+        bad = [await rig.submit_ready(text("c"), text("bad")), await rig.submit_ready(text("bad"))]
+        others += [await rig.submit_ready(text(name)) for name in "de"]
+    await asyncio.gather(*others)
+    for task, position in zip(bad, ("Input 2: ", ""), strict=True):  # a request of one needs no position
+        error = await error_of(task)
+        assert type(error) is kind
+        assert str(error).startswith(position or "The" if isinstance(fault, float) else position or "This")
+    if isinstance(fault, RuntimeError):
+        assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [fault]  # logged once
+    del rig.model_faults["bad"]
+    await (await rig.submit(text("bad")))
+
+
+async def test_a_device_that_cannot_go_on_ends_every_request(make: Make) -> None:
+    rig, deaths = await make(max_tokens=10), []
+    rig.model_faults["fatal"] = gme.DeviceError("The device cannot go on.")
+    rig.batcher.on_death = lambda: deaths.append(rig.batcher.alive)
+    async with rig.held(text("fatal"), text("rest")) as under_way:
+        ready = await rig.submit_ready(text("ready"))
+        waiting = await rig.submit(*(image(f"{number}") for number in range(50)))
+    for task in (under_way, ready, waiting, await rig.submit(text("later"))):
+        assert isinstance(await error_of(task), gme.BusyError)
+    assert (rig.batches, rig.batcher.depth, deaths) == ([["fatal"]], 0, [False])
+
+
+async def test_when_the_service_ends_what_still_waits_is_told_so() -> None:
+    rig, deaths = Rig(max_tokens=10), []
+    rig.batcher.on_death = lambda: deaths.append(True)
+    async with rig.batcher.running():
+        waiting = await rig.submit(*(text(f"{number}") for number in range(50)))
+        await rig.until(lambda: rig.ready.total() == 50)
+    assert isinstance(await error_of(waiting), gme.BusyError)
+    assert isinstance(await error_of(await rig.submit(text("later"))), gme.BusyError)
+    assert deaths == []
+    await rig.check()
+
+
+# ------------------------------------------------------------------------------------------------------------ at length
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_happens_each_job_ends_as_it_should(make: Callable[..., Rig], seed: int) -> None:
-    """Threads submit, cancel and wait, among inputs that fail in every way, with a cache that is always too small."""
-    rig = make(max_tokens=120, cache_mb=cache_mb(20), max_queue=300)
-    rig.most = 5
-    faults: dict[str, BaseException | float] = {
-        "bad": gme.InputError("it is bad"),
-        "p-bad": RuntimeError("in preparing"),
-        "poison": RuntimeError("in the model"),
-        "huge": MemoryError(),
-        "nan": float("nan"),
-    }
-    rig.fault = faults.get
-    refused = []
+async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed: int) -> None:
+    """Clients submit, cancel and wait, among inputs that fail in every way, with a cache that is always too small."""
+    rig = await make(max_tokens=120, cache_entries=20, max_queue=150)
+    rig.room = 5
+    rig.prepare_faults = {"bad": gme.InputError("it is bad"), "worse": RuntimeError("in preparing")}
+    rig.model_faults = {"poison": RuntimeError("in the model"), "huge": MemoryError(), "nan": float("nan")}
+    faults = [*rig.prepare_faults, *rig.model_faults]
 
-    def client(rng: random.Random) -> None:
-        for _ in range(60):
-            sources = [
-                make_source(name, rng.randrange(8, 40), instruction=instruction)
-                for instruction in [rng.choice("ij")]
-                for make_source in rng.choices([text, image], weights=[4, 1], k=rng.choice([1, 1, 1, 5, 30]))
-                for name in [rng.choice([*faults]) if rng.random() < 0.01 else f"{rng.randrange(100)}"]
+    async def client(chance: random.Random) -> None:
+        for _ in range(30):
+            names = [
+                chance.choice(faults) if chance.random() < 0.02 else f"{chance.randrange(100)}"
+                for _ in range(chance.choice([1, 1, 1, 5, 30]))
             ]
-            try:
-                job = rig.submit(*sources)
-            except gme.UnavailableError:
-                refused.append(sources)
-                continue
-            action = rng.random()
+            make_source, instruction = chance.choice([text, text, image]), chance.choice("ij")
+            task = await rig.submit(
+                *(make_source(name, chance.randrange(8, 40), instruction=instruction) for name in names)
+            )
+            for _ in range(chance.randrange(20)):
+                await asyncio.sleep(0)
+            action = chance.random()
             if action < 0.3:
-                job.cancel()
+                task.cancel()
             elif action < 0.8:
-                with contextlib.suppress(asyncio.CancelledError):
-                    job.exception(PATIENCE)
+                await asyncio.wait([task])
 
-    run_together(client, 8, seed)
-
-    rig.check()
-    assert len(rig.jobs) > 200
-    for job, sources in rig.jobs:
-        names = [name_of(source) for source in sources]
-        if job.cancelled():
-            continue
-        if (raised := job.exception()) is None:
-            assert not set(names) & set(faults)
-        else:
-            assert job.failed is not None
-            expected = faults[names[job.failed]]
-            assert type(raised) is (FloatingPointError if isinstance(expected, float) else type(expected))
+    await asyncio.gather(*(client(random.Random(100 * seed + number)) for number in range(12)))
+    await rig.check()
+    ends = Counter[str]()
+    for task, sources in rig.requests:
+        error = None if task.cancelled() else task.exception()
+        ends["cancelled" if task.cancelled() else type(error).__name__] += 1
+        failing = {name_of(source) for source in sources} & set(faults)
+        assert task.cancelled() or isinstance(error, gme.BusyError) or bool(error) == bool(failing)
+    assert min(ends[end] for end in ("cancelled", "NoneType", "BusyError", "InputError", "ServiceError")) > 0, ends
 
 
-# ------------------------------------------------------------------------------------------- with the model's own rooms
-
-
-@pytest.fixture(scope="module")
-def prepare() -> gme.Preparer:
-    return gme.Preparer(TOY, 1800, 10**8)
-
-
-@pytest.fixture(scope="module")
-def model() -> gme.Model:
-    return gme.Model(TOY, torch.device("cpu"), torch.float32)
-
-
-def test_the_vectors_are_the_authors_whoever_shares_the_batch(prepare: gme.Preparer, model: gme.Model) -> None:
+async def test_the_vectors_are_the_authors_whoever_shares_the_batch() -> None:
+    prepare, model = gme.Preparer(TOY, 1800, 10**8), gme.Model(TOY, torch.device("cpu"), torch.float32)
     small = (None, "64x48.png", "448x448.png", "photo.webp")
     cases = [case for case in golden() if case.image in small and len(case.text) < 1000] * 2
     random.Random(0).shuffle(cases)
-    batcher = gme.Batcher(prepare, model.embed, model.dimension, gme.Settings(), 512)
     requests = [cases[start : start + 3] for start in range(0, len(cases), 3)]
-
-    jobs = [
-        batcher.submit([gme.Source(case.text, case.data, case.prompt or gme.DEFAULT_INSTRUCTION) for case in request])
-        for request in requests
-    ]
-
-    for job, request in zip(jobs, requests, strict=True):
-        job.result(PATIENCE)
-        np.testing.assert_allclose(job.vectors, [case.vector for case in request], atol=1e-5)
-    batcher.close()
-    assert batcher.depth == 0
-
-
-def test_a_broken_image_fails_with_its_position_and_no_other(prepare: gme.Preparer, model: gme.Model) -> None:
-    batcher = gme.Batcher(prepare, model.embed, model.dimension, gme.Settings(), 512)
-    good = next(case for case in golden() if case.data and not case.text and not case.prompt)
-    source = gme.Source(image=good.data)
-
-    bad = batcher.submit([source, gme.Source("a text"), gme.Source(image=b"<html>")])
-    other = batcher.submit([source])
-
-    assert isinstance(bad.exception(PATIENCE), gme.InputError)
-    assert bad.failed == 2
-    other.result(PATIENCE)
-    np.testing.assert_allclose(other.vectors, [good.vector], atol=1e-5)
-    batcher.close()
+    sources = [[gme.Source(one.text, one.data, one.prompt or gme.DEFAULT_INSTRUCTION) for one in r] for r in requests]
+    batcher = gme.Batcher(prepare, model.embed, 512)
+    async with batcher.running():
+        answers = await asyncio.gather(*map(batcher.embed, sources))
+    for answer, request in zip(answers, requests, strict=True):
+        np.testing.assert_allclose(answer.embeddings, [case.vector for case in request], atol=1e-5)

@@ -1,116 +1,99 @@
-"""The systemd units: the values that the user gave, and what systemd itself says of them."""
+"""The unit says what the user asked for, systemd takes it and its drop-ins, and nginx passes requests with our file."""
 
+import os
 import re
 import shutil
+import socket
 import subprocess
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
-from conftest import ROOT
+from conftest import ROOT, Address
 
-UNIT = ROOT / "deploy" / "gme_service.service"
-TEMPLATE = ROOT / "deploy" / "gme_service@.service"
+DEPLOY = ROOT / "deploy"
+UNIT = DEPLOY / "gme_service.service"
 UVICORN = "/opt/conda/envs/gme-service/bin/uvicorn"
-
-needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
-
-Settings = dict[str, list[str]]
-
-
-def parse(path: Path) -> dict[str, Settings]:
-    """The settings of each section; one that stands more than once has more than one value."""
-    sections: dict[str, Settings] = {}
-    for line in path.read_text().splitlines():
-        if line.startswith("["):
-            section = sections[line.strip("[]")] = defaultdict(list)
-        elif line and not line.startswith("#"):
-            name, value = line.split("=", 1)
-            section[name].append(value)
-    return sections
-
-
-def environment(service: Settings) -> dict[str, str]:
-    return dict(value.split("=", 1) for value in service["Environment"])
+DROP_INS = re.findall(r"^```ini\n(.*?)^```", (DEPLOY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value"),
+    "line",
     [
-        ("Unit", "After", "network.target"),
-        ("Service", "Type", "simple"),
-        ("Service", "User", "gme"),
-        ("Service", "Group", "gme"),
-        ("Service", "WorkingDirectory", "/opt/gme_service"),
-        ("Service", "ExecStart", f"{UVICORN} gme_service:app --host 0.0.0.0 --port 8000"),
-        ("Service", "Restart", "always"),
-        ("Service", "RestartSec", "5"),
-        ("Install", "WantedBy", "multi-user.target"),
+        "User=gme",
+        "WorkingDirectory=/opt/gme_service",
+        "Environment=PATH=/opt/conda/envs/gme-service/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+        "Environment=TOKENIZERS_PARALLELISM=false",
+        f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 8000",
+        "Restart=always",
+        "RestartSec=5",
+        "WantedBy=multi-user.target",
     ],
 )
-def test_the_unit_has_the_values_that_the_user_gave(section: str, name: str, value: str) -> None:
-    assert parse(UNIT)[section][name] == [value]
+def test_the_unit_has_what_the_user_asked_for(line: str) -> None:
+    assert line in UNIT.read_text().splitlines()
 
 
-def test_the_environment_is_the_one_that_the_user_gave() -> None:
-    variables = environment(parse(UNIT)["Service"])
-
-    assert variables["PATH"] == "/opt/conda/envs/gme-service/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
-    assert variables["TOKENIZERS_PARALLELISM"] == "false"
-
-
-def test_a_stop_ends_before_systemd_kills(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn reads the variable, and 60 s leave room in the 90 s after which systemd kills."""
-    for name, value in environment(parse(UNIT)["Service"]).items():
+def test_uvicorn_reads_the_options_in_the_environment_of_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in re.findall(r"(UVICORN_\w+)=(\S+)", UNIT.read_text()):
         monkeypatch.setenv(name, value)
-
     options = uvicorn.main.make_context("uvicorn", ["gme_service:app"]).params
-
-    assert options["timeout_graceful_shutdown"] == 60
-
-
-def test_only_the_model_directory_is_writable_and_the_devices_of_cuda_are_there() -> None:
-    service = parse(UNIT)["Service"]
-
-    assert service["NoNewPrivileges"] == service["PrivateTmp"] == ["yes"]
-    assert service["ProtectSystem"] == ["strict"]
-    assert service["ProtectHome"] == ["read-only"]
-    assert service["ReadWritePaths"] == ["-/home/gme/gme_models -/var/lib/gme/gme_models"]
-    assert not {"PrivateDevices", "DeviceAllow", "ProtectClock", "ProcSubset", "MemoryDenyWriteExecute"} & set(service)
+    assert (options["http"], options["timeout_graceful_shutdown"]) == ("h11", 60)
 
 
-def test_the_template_is_the_unit_with_a_gpu_and_a_port_for_each_instance() -> None:
-    lines, others = UNIT.read_text().splitlines(), TEMPLATE.read_text().splitlines()
-
-    assert [line for line in lines if line not in others] == [
-        "Description=GME Service: multimodal embeddings over HTTP",
-        "ExecStartPre=-+/bin/sh -c 'test ! -x /usr/bin/nvidia-modprobe || exec /usr/bin/nvidia-modprobe -c 0 -u'",
-        f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 8000",
-    ]
-    assert [line for line in others if line not in lines and not line.startswith("#")] == [
-        "Description=GME Service on GPU %i: multimodal embeddings over HTTP",
-        "Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID",
-        "Environment=CUDA_VISIBLE_DEVICES=%i",
-        "ExecStartPre=-+/bin/sh -c 'test ! -x /usr/bin/nvidia-modprobe || exec /usr/bin/nvidia-modprobe -c %i -u'",
-        f"ExecStart={UVICORN} gme_service:app --host 0.0.0.0 --port 800%i",
-    ]
-
-
-@needs_systemd
-@pytest.mark.parametrize("unit", [UNIT, TEMPLATE], ids=["unit", "template"])
-def test_systemd_finds_nothing_wrong_but_the_missing_interpreter(unit: Path) -> None:
-    found = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
-
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("drop_in", ["", *DROP_INS, "template"], ids=range(len(DROP_INS) + 2))
+def test_systemd_finds_nothing_wrong_but_the_missing_interpreter(drop_in: str, tmp_path: Path) -> None:
+    if drop_in == "template":
+        unit = "gme_service@3.service"
+        shutil.copy(UNIT, tmp_path / "gme_service@.service")
+        shutil.copytree(DEPLOY / "gme_service@.service.d", tmp_path / "gme_service@.service.d")
+    else:
+        unit = shutil.copy(UNIT, tmp_path / UNIT.name).name
+        (tmp_path / f"{unit}.d").mkdir()
+        (tmp_path / f"{unit}.d" / "settings.conf").write_text(drop_in)
+    found = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", unit],
+        env=os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+        capture_output=True,
+        text=True,
+    )
     complaints = (found.stdout + found.stderr).splitlines()
-    assert [line for line in complaints if f"{UVICORN} is not executable" not in line] == []
+    assert [line for line in complaints if not re.search(r"/bin/uvicorn is not executable", line)] == []
 
 
-@needs_systemd
-@pytest.mark.parametrize("unit", [UNIT, TEMPLATE], ids=["unit", "template"])
-def test_systemd_rates_the_exposure_at_four_of_ten_at_most(unit: Path) -> None:
-    rated = subprocess.run(["systemd-analyze", "security", "--offline=yes", unit], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def nginx(server: Address, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of an nginx with our file, in front of the server."""
+    if not shutil.which("nginx"):
+        pytest.skip("nginx is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    home = tmp_path_factory.mktemp("nginx")
+    site = (DEPLOY / "nginx.conf").read_text().replace("listen 8080", f"listen {address}")
+    (home / "site.conf").write_text(site.replace("127.0.0.1:8000", httpx.URL(server.url).netloc.decode()))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"{kind}_temp_path {home}/{kind};" for kind in kinds)
+    http = f"http {{ access_log off; {places} include {home}/site.conf; }}"
+    (home / "nginx.conf").write_text(f"daemon off; master_process off; pid {home}/pid; events {{}} {http}")
+    command = ["nginx", "-c", str(home / "nginx.conf"), "-e", str(home / "error.log")]
+    checked = subprocess.run([*command, "-tq"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    with subprocess.Popen(command) as process:
+        with httpx.Client(base_url=f"http://{address}", transport=httpx.HTTPTransport(retries=5)) as client:
+            yield client
+        process.terminate()
 
-    exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", rated.stdout)
-    assert exposure is not None, rated.stderr
-    assert float(exposure[1]) <= 4
+
+def test_nginx_passes_requests_and_refuses_large_ones_as_the_service_does(nginx: httpx.Client, server: Address) -> None:
+    request = {"url": "/v1/embeddings", "json": {"input": ["a red circle"]}}
+    with server.client() as direct:
+        assert nginx.post(**request).json() == direct.post(**request).json()
+    large = bytes(33 << 20)
+    assert "error" in nginx.post("/v1/embeddings", content=large).json()
+    refused = nginx.post("/embed/text", content=large)
+    assert refused.status_code == 413
+    assert "too large" in refused.json()["detail"]

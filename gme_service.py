@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __version__ = "2.0.0"
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it has a line for every broken form
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
 
 
@@ -134,7 +135,9 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR has to be the whole path of a directory: {error}")
+            faults.append(
+                f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give the whole path of a directory."
+            )
         if faults:
             raise StartError("\n".join(faults))
         if "GME_API_KEY" in os.environ and not settings.api_key:
@@ -469,7 +472,7 @@ class VisionTower:
 
     def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
-        mean, std = (patches.new_tensor(x, dtype=torch.float32)[:, None] for x in (self.mean, self.std))
+        mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
         weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
@@ -729,6 +732,8 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 BATCH_PADDING = Histogram("gme_batch_padding_ratio", "Share of padding in a batch.", buckets=[n / 20 for n in range(6)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
+Prepare = Callable[[Sequence[Source]], Iterable[Input | ServiceError]]
+Compute = Callable[[Sequence[Input]], Iterable[np.ndarray]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -779,12 +784,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
-        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
-        max_tokens: int,
-        max_queue: int = 16384,
-        cache_entries: int = 0,
+        self, prepare: Prepare, compute: Compute, max_tokens: int, max_queue: int = 16384, cache_entries: int = 0
     ) -> None:
         self.prepare, self.compute, self.on_death = prepare, compute, lambda: None
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
@@ -993,6 +993,7 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # a PNG of one
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
@@ -1009,7 +1010,7 @@ class ImageForm(BaseModel):
 
 
 class OpenAIRequest(BaseModel):
-    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"text": "一个红色的圆形"}]])
+    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"image": PIXEL}]])
     model: str | None = Field(None, description="Any name: there is one model.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Only the model's own.")
@@ -1197,12 +1198,14 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
         raise TooLargeError(f"The request has {len(sources)} inputs: send at most {max_inputs}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
-    await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-    if not answer.done():
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        result = answer.result()
+    finally:
         answer.cancel()
-        raise ClientDisconnect
-    gone.cancel()
-    result = answer.result()
+        gone.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
     TOKENS.inc(result.tokens)
@@ -1248,9 +1251,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         files, fields = await read_form(request, settings.max_inputs)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
-        answer = await embed(
-            request, batcher, [Source(text, content, instruction, name) for name, content in named], most
-        )
+        sources = [Source(text, content, instruction, name) for name, content in named]
+        answer = await embed(request, batcher, sources, most)
         return json_response({"embeddings": answer.embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
@@ -1290,19 +1292,15 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     app.include_router(ours)
     app.include_router(openai)
-    Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS).expose(
-        app, tags=["State"]
-    )
+    instrumentator = Instrumentator(should_group_status_codes=False)
+    instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = (
-    "A red circle on a white ground, and nothing else to be seen.",
-    "a photograph of a harbour at dusk, with boats",
-)
+PROBES = ("A red circle on a white ground, and nothing else to be seen.", "a photograph of a harbour, with boats")
 
 
 def build() -> FastAPI:
@@ -1316,14 +1314,13 @@ def build() -> FastAPI:
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
-    batcher = Batcher(
-        prepare, model.embed, settings.max_batch_tokens or batch_tokens, settings.max_queue, cache_entries
-    )
+    max_tokens = settings.max_batch_tokens or batch_tokens
+    batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
 
     def end_process() -> None:
+        died.set()
         asyncio.get_running_loop().call_later(10, os._exit, 1)  # s, for the answers under way
         os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
-        died.set()
 
     batcher.on_death, died = end_process, threading.Event()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -1344,9 +1341,7 @@ def main(arguments: list[str]) -> None:
         print(verify(Settings.load()))
     else:
         if "--help" in arguments:
-            print(
-                "python gme_service.py [--verify | --version | options of uvicorn]: serves on all addresses, port 8000."
-            )
+            print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
             print("The settings are environment variables GME_*: see README.md.\n", flush=True)
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
         os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])

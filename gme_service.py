@@ -49,6 +49,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart.multipart import FormParser, parse_options_header
 from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -398,7 +399,7 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda") > MAX_SCANS or data.count(b"Exif\0\0") > 2):
+            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda\0") > MAX_SCANS or data.count(b"Exif\0\0") > 8):
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
             if (
                 data[4:8] == b"ftyp"
@@ -1029,20 +1030,29 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_response(request: Request, error: ServiceError) -> Response:
-    status, sentence = error.status, str(error)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
-    body: dict[str, Any] = {"detail": sentence}  # on OpenAI's routes too: clients made for Jina's service read it there
-    if request.scope["path"].startswith("/v1/"):
+def route_path(request: Request) -> str:
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+
+
+def error_response(request: Request, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as our clients read it, and on OpenAI's routes as theirs do. There, Jina's clients read our `detail`."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, headers)
+    body: dict[str, Any] = {"detail": sentence}
+    if route_path(request).startswith("/v1/"):
         kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
         body["error"] = {"message": sentence, "type": kind, "code": None}
     return json_response(body, status, headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody reads
-    return error_response(request, error if isinstance(error, ServiceError) else ServiceError(ServiceError.example))
+    match error:
+        case ServiceError():
+            return error_response(request, error.status, str(error))
+        case HTTPException():  # no such route, or another method
+            return error_response(request, error.status_code, error.detail, error.headers)
+        case ClientDisconnect():
+            return Response(status_code=499)  # which nobody reads
+    return error_response(request, 500, ServiceError.example)
 
 
 class Guard:
@@ -1095,18 +1105,18 @@ class Guard:
 
         app = self.app
         if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            app = json_response({"detail": "Method Not Allowed"}, 405, {"Allow": "GET, POST"})
+            app = error_response(request, 405, "Method Not Allowed", {"Allow": "GET, POST"})
         elif not self.admits(request):
-            app = error_response(request, KeyRefusedError(KeyRefusedError.example))
+            app = error_response(request, 401, KeyRefusedError.example)
         elif int(length) > self.max_body:
-            app = error_response(request, TooLargeError(self.too_large))
+            app = error_response(request, 413, self.too_large)
         try:
             await app(scope, receive_counted, send_to_the_end)
         finally:
             self.open_bytes -= held
 
     def admits(self, request: Request) -> bool:
-        path = request.scope["path"]
+        path = route_path(request)
         if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -1132,7 +1142,8 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
         return kind.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)[:3]
-        sentences = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}." for fault in faults)
+        named = (([str(x + 1 if isinstance(x, int) else x) for x in fault["loc"]], fault["msg"]) for fault in faults)
+        sentences = (f"{'.'.join(names) or 'body'}: {message}." for names, message in named)
         raise MalformedError(" ".join(sentences)) from None
 
 
@@ -1171,7 +1182,7 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
 def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
-        item = {"image": item} if DATA_URI.match(item) else {"text": item}
+        item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
     strings = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
     if not strings or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
@@ -1179,11 +1190,12 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     text, image = item.get("text") or "", item.get("image")
     if image is None:
         return Source(text, None, instruction)
-    uri = DATA_URI.match(image)
+    uri = DATA_URI.match(image, 0, 200)
     try:
         if uri and uri[1].lower() != "image":
             raise ValueError("It is another kind of data URI.")
-        data = base64.b64decode("".join(image[uri.end() if uri else 0 :].split()), validate=True)
+        encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
+        data = base64.b64decode(encoded, validate=True)
     except ValueError:
         sentence = "send an image as base64 or as its data URI (an URL is never fetched)."
         raise InputError(name + sentence) from None
@@ -1223,7 +1235,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         version=__version__,
         description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
         lifespan=lambda _: batcher.running(),
-        exception_handlers={ServiceError: on_error, ClientDisconnect: on_error, Exception: on_error},
+        exception_handlers=dict.fromkeys((ServiceError, HTTPException, ClientDisconnect, Exception), on_error),
         redoc_url=None,
         static_url="/docs/static",
     )

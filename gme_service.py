@@ -353,7 +353,7 @@ class Preparer:
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.prefix = functools.lru_cache(16)(lambda text: tuple(self.encode([INSTRUCTION.format(text)])[0]))
-        self.decoding, self.free_pixels = threading.Condition(), max_image_pixels
+        self.turn, self.decoding, self.free_pixels = threading.Lock(), threading.Condition(), max_image_pixels
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
@@ -364,7 +364,7 @@ class Preparer:
             image = IMAGE_PLACE if source.image is not None else ""
             prompt = INSTRUCTION.format(source.instruction) + image + source.text + END
             # A text behind it changes at most the tokens of "user\n": an instruction that fills all is tokenized once.
-            filled = len(self.prefix(source.instruction)) >= self.max_length + len("user\n")
+            filled = len(self.prefix(source.instruction[: self.max_chars])) >= self.max_length + len("user\n")
             prompts.append("" if filled else prompt)
         for source, token_ids in zip(sources, self.encode(prompts), strict=True):
             try:
@@ -378,7 +378,7 @@ class Preparer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]  # releases the interpreter lock
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix = self.prefix(source.instruction)
+        prefix = self.prefix(source.instruction[: self.max_chars])
         token_ids, image = token_ids or list(prefix), dict[str, Any]()
         if source.image is not None:
             pixels = np.asarray(self.read_image(source.image))
@@ -409,7 +409,7 @@ class Preparer:
                 if (pixels := image.width * image.height) > self.max_pixels:
                     raise Image.DecompressionBombError
                 file.end += pixels / DECODED_PIXELS
-                with self.decoding:
+                with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
                     self.decoding.wait_for(lambda: self.free_pixels >= pixels)
                     self.free_pixels -= pixels
                 try:
@@ -886,6 +886,8 @@ class Batcher:
 
     def next_chunk(self) -> list[Waiting]:
         """What to prepare next: in order, but not while a few batches are ready that go before it."""
+        if not self.unprepared:
+            return []
         wanted = [group for group in self.ready.values() if not all(one.future.done() for one in group)]
         ready = sorted(((order(group), group[0].input.cost) for group in wanted), reverse=True)
         chunk: list[Waiting] = []
@@ -915,6 +917,7 @@ class Batcher:
             for (key, group), result in zip(batch.items(), results, strict=True):
                 if not isinstance(result, ServiceError) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
+                    log.error(str(result))
                 if not isinstance(result, ServiceError) and self.cache_entries:
                     self.cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
                 self.finish(group, result)
@@ -994,13 +997,15 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # a PNG of one
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+)
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
 
 class Texts(BaseModel):
-    texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "一个红色的圆形"]])
+    texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
     prompt: str | None = Field(None, description=PROMPT)
 
 
@@ -1154,6 +1159,11 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
         raise MalformedError(FORM)
     files: list[tuple[str, bytes]] = []
     fields: dict[str, str] = {}
+    whole = False
+
+    def on_end() -> None:
+        nonlocal whole
+        whole = True
 
     def on_file(file: Any) -> None:
         if file.field_name != b"file" or len(files) > max_files:
@@ -1169,13 +1179,13 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
 
     try:
         config = {"MAX_MEMORY_FILE_SIZE": math.inf}
-        parser = FormParser("multipart/form-data", on_field, on_file, boundary=options[b"boundary"], config=config)
+        parser = FormParser(kind.decode(), on_field, on_file, on_end, boundary=options[b"boundary"], config=config)
         async for chunk in request.stream():
             parser.write(chunk)
     except ValueError as error:
         raise MalformedError(f"body: it is not a multipart form in UTF-8 ({error}).") from None
-    if not files:
-        raise MalformedError(FORM)
+    if not files or not whole:
+        raise MalformedError(FORM if whole else "body: the form ends before its last boundary: send it whole.")
     return files, fields
 
 
@@ -1202,12 +1212,15 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     return Source(text, data, instruction)
 
 
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], max_inputs: int) -> Answer:
-    """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
-    if not sources:
+def check_count(inputs: Sequence[object], most: int) -> None:
+    if not inputs:
         raise InputError("The request has no input: send at least one.")
-    if len(sources) > max_inputs:
-        raise TooLargeError(f"The request has {len(sources)} inputs: send at most {max_inputs}.")
+    if len(inputs) > most:
+        raise TooLargeError(f"The request has {len(inputs)} inputs: send at most {most}.")
+
+
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
+    """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
@@ -1253,18 +1266,20 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, settings.max_inputs)
+        check_count(body.texts, most)
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts], most)
+        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
         return json_response({"embeddings": answer.embeddings})
 
     @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         files, fields = await read_form(request, settings.max_inputs)
+        check_count(files, most)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
         sources = [Source(text, content, instruction, name) for name, content in named]
-        answer = await embed(request, batcher, sources, most)
+        answer = await embed(request, batcher, sources)
         return json_response({"embeddings": answer.embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
@@ -1274,9 +1289,10 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if body.dimensions not in (None, model.dimension):
             raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
         items = [body.input] if isinstance(body.input, str) else body.input
+        check_count(items, most)
         instruction = body.prompt or DEFAULT_INSTRUCTION
         sources = [read_item(item, f"Input {number}: ", instruction) for number, item in enumerate(items, start=1)]
-        answer = await embed(request, batcher, sources, most)
+        answer = await embed(request, batcher, sources)
         vectors: Iterable[Any] = answer.embeddings
         if body.encoding_format == "base64":
             vectors = (base64.b64encode(vector.tobytes()).decode() for vector in answer.embeddings)

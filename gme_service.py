@@ -49,6 +49,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart.multipart import FormParser, parse_options_header
 from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -352,7 +353,7 @@ class Preparer:
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.prefix = functools.lru_cache(16)(lambda text: tuple(self.encode([INSTRUCTION.format(text)])[0]))
-        self.decoding, self.free_pixels = threading.Condition(), max_image_pixels
+        self.turn, self.decoding, self.free_pixels = threading.Lock(), threading.Condition(), max_image_pixels
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
@@ -363,7 +364,7 @@ class Preparer:
             image = IMAGE_PLACE if source.image is not None else ""
             prompt = INSTRUCTION.format(source.instruction) + image + source.text + END
             # A text behind it changes at most the tokens of "user\n": an instruction that fills all is tokenized once.
-            filled = len(self.prefix(source.instruction)) >= self.max_length + len("user\n")
+            filled = len(self.prefix(source.instruction[: self.max_chars])) >= self.max_length + len("user\n")
             prompts.append("" if filled else prompt)
         for source, token_ids in zip(sources, self.encode(prompts), strict=True):
             try:
@@ -377,7 +378,7 @@ class Preparer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]  # releases the interpreter lock
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix = self.prefix(source.instruction)
+        prefix = self.prefix(source.instruction[: self.max_chars])
         token_ids, image = token_ids or list(prefix), dict[str, Any]()
         if source.image is not None:
             pixels = np.asarray(self.read_image(source.image))
@@ -398,7 +399,7 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda") > MAX_SCANS or data.count(b"Exif\0\0") > 2):
+            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda\0") > MAX_SCANS or data.count(b"Exif\0\0") > 8):
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
             if (
                 data[4:8] == b"ftyp"
@@ -408,7 +409,7 @@ class Preparer:
                 if (pixels := image.width * image.height) > self.max_pixels:
                     raise Image.DecompressionBombError
                 file.end += pixels / DECODED_PIXELS
-                with self.decoding:
+                with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
                     self.decoding.wait_for(lambda: self.free_pixels >= pixels)
                     self.free_pixels -= pixels
                 try:
@@ -885,6 +886,8 @@ class Batcher:
 
     def next_chunk(self) -> list[Waiting]:
         """What to prepare next: in order, but not while a few batches are ready that go before it."""
+        if not self.unprepared:
+            return []
         wanted = [group for group in self.ready.values() if not all(one.future.done() for one in group)]
         ready = sorted(((order(group), group[0].input.cost) for group in wanted), reverse=True)
         chunk: list[Waiting] = []
@@ -914,6 +917,7 @@ class Batcher:
             for (key, group), result in zip(batch.items(), results, strict=True):
                 if not isinstance(result, ServiceError) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
+                    log.error(str(result))
                 if not isinstance(result, ServiceError) and self.cache_entries:
                     self.cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
                 self.finish(group, result)
@@ -993,13 +997,15 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # a PNG of one
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+)
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
 
 class Texts(BaseModel):
-    texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "一个红色的圆形"]])
+    texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
     prompt: str | None = Field(None, description=PROMPT)
 
 
@@ -1029,20 +1035,29 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_response(request: Request, error: ServiceError) -> Response:
-    status, sentence = error.status, str(error)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
-    body: dict[str, Any] = {"detail": sentence}  # on OpenAI's routes too: clients made for Jina's service read it there
-    if request.scope["path"].startswith("/v1/"):
+def route_path(request: Request) -> str:
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+
+
+def error_response(request: Request, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as our clients read it, and on OpenAI's routes as theirs do. There, Jina's clients read our `detail`."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, headers)
+    body: dict[str, Any] = {"detail": sentence}
+    if route_path(request).startswith("/v1/"):
         kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
         body["error"] = {"message": sentence, "type": kind, "code": None}
     return json_response(body, status, headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody reads
-    return error_response(request, error if isinstance(error, ServiceError) else ServiceError(ServiceError.example))
+    match error:
+        case ServiceError():
+            return error_response(request, error.status, str(error))
+        case HTTPException():  # no such route, or another method
+            return error_response(request, error.status_code, error.detail, error.headers)
+        case ClientDisconnect():
+            return Response(status_code=499)  # which nobody reads
+    return error_response(request, 500, ServiceError.example)
 
 
 class Guard:
@@ -1095,18 +1110,18 @@ class Guard:
 
         app = self.app
         if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            app = json_response({"detail": "Method Not Allowed"}, 405, {"Allow": "GET, POST"})
+            app = error_response(request, 405, "Method Not Allowed", {"Allow": "GET, POST"})
         elif not self.admits(request):
-            app = error_response(request, KeyRefusedError(KeyRefusedError.example))
+            app = error_response(request, 401, KeyRefusedError.example)
         elif int(length) > self.max_body:
-            app = error_response(request, TooLargeError(self.too_large))
+            app = error_response(request, 413, self.too_large)
         try:
             await app(scope, receive_counted, send_to_the_end)
         finally:
             self.open_bytes -= held
 
     def admits(self, request: Request) -> bool:
-        path = request.scope["path"]
+        path = route_path(request)
         if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -1132,7 +1147,8 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
         return kind.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)[:3]
-        sentences = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}." for fault in faults)
+        named = (([str(x + 1 if isinstance(x, int) else x) for x in fault["loc"]], fault["msg"]) for fault in faults)
+        sentences = (f"{'.'.join(names) or 'body'}: {message}." for names, message in named)
         raise MalformedError(" ".join(sentences)) from None
 
 
@@ -1143,6 +1159,11 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
         raise MalformedError(FORM)
     files: list[tuple[str, bytes]] = []
     fields: dict[str, str] = {}
+    whole = False
+
+    def on_end() -> None:
+        nonlocal whole
+        whole = True
 
     def on_file(file: Any) -> None:
         if file.field_name != b"file" or len(files) > max_files:
@@ -1158,20 +1179,20 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
 
     try:
         config = {"MAX_MEMORY_FILE_SIZE": math.inf}
-        parser = FormParser("multipart/form-data", on_field, on_file, boundary=options[b"boundary"], config=config)
+        parser = FormParser(kind.decode(), on_field, on_file, on_end, boundary=options[b"boundary"], config=config)
         async for chunk in request.stream():
             parser.write(chunk)
     except ValueError as error:
         raise MalformedError(f"body: it is not a multipart form in UTF-8 ({error}).") from None
-    if not files:
-        raise MalformedError(FORM)
+    if not files or not whole:
+        raise MalformedError(FORM if whole else "body: the form ends before its last boundary: send it whole.")
     return files, fields
 
 
 def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
-        item = {"image": item} if DATA_URI.match(item) else {"text": item}
+        item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
     strings = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
     if not strings or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
@@ -1179,23 +1200,27 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     text, image = item.get("text") or "", item.get("image")
     if image is None:
         return Source(text, None, instruction)
-    uri = DATA_URI.match(image)
+    uri = DATA_URI.match(image, 0, 200)
     try:
         if uri and uri[1].lower() != "image":
             raise ValueError("It is another kind of data URI.")
-        data = base64.b64decode("".join(image[uri.end() if uri else 0 :].split()), validate=True)
+        encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
+        data = base64.b64decode(encoded, validate=True)
     except ValueError:
         sentence = "send an image as base64 or as its data URI (an URL is never fetched)."
         raise InputError(name + sentence) from None
     return Source(text, data, instruction)
 
 
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], max_inputs: int) -> Answer:
-    """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
-    if not sources:
+def check_count(inputs: Sequence[object], most: int) -> None:
+    if not inputs:
         raise InputError("The request has no input: send at least one.")
-    if len(sources) > max_inputs:
-        raise TooLargeError(f"The request has {len(sources)} inputs: send at most {max_inputs}.")
+    if len(inputs) > most:
+        raise TooLargeError(f"The request has {len(inputs)} inputs: send at most {most}.")
+
+
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
+    """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
@@ -1223,7 +1248,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         version=__version__,
         description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
         lifespan=lambda _: batcher.running(),
-        exception_handlers={ServiceError: on_error, ClientDisconnect: on_error, Exception: on_error},
+        exception_handlers=dict.fromkeys((ServiceError, HTTPException, ClientDisconnect, Exception), on_error),
         redoc_url=None,
         static_url="/docs/static",
     )
@@ -1241,18 +1266,20 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, settings.max_inputs)
+        check_count(body.texts, most)
         instruction = body.prompt or DEFAULT_INSTRUCTION
-        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts], most)
+        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
         return json_response({"embeddings": answer.embeddings})
 
     @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         files, fields = await read_form(request, settings.max_inputs)
+        check_count(files, most)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
         sources = [Source(text, content, instruction, name) for name, content in named]
-        answer = await embed(request, batcher, sources, most)
+        answer = await embed(request, batcher, sources)
         return json_response({"embeddings": answer.embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
@@ -1262,9 +1289,10 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if body.dimensions not in (None, model.dimension):
             raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
         items = [body.input] if isinstance(body.input, str) else body.input
+        check_count(items, most)
         instruction = body.prompt or DEFAULT_INSTRUCTION
         sources = [read_item(item, f"Input {number}: ", instruction) for number, item in enumerate(items, start=1)]
-        answer = await embed(request, batcher, sources, most)
+        answer = await embed(request, batcher, sources)
         vectors: Iterable[Any] = answer.embeddings
         if body.encoding_format == "base64":
             vectors = (base64.b64encode(vector.tobytes()).decode() for vector in answer.embeddings)

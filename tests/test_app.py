@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -115,14 +116,16 @@ def test_the_start_says_that_a_key_is_needed_and_not_which(start: Callable[..., 
 
 
 def test_uploads_need_no_disk_and_no_request_leaves_a_line_in_the_log(start: Callable[..., Server]) -> None:
-    server = start("--no-access-log", TMPDIR="/proc/no/such/directory")
+    server = start("--no-access-log")
     file = io.BytesIO()
     Image.fromarray(np.zeros((1500, 1500, 3), np.uint8)).save(file, "BMP")  # 6.75 MB
     boundary = {"content-type": "multipart/form-data; boundary=limit"}
     with server.client() as client:
         before = server.log.read_text()
         form = {"files": [("file", file.getvalue()), ("file", PHOTO)], "data": {"text": "word " * 500_000}}
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # as on a full disk
         assert client.post("/embed/image", **form).status_code == 200
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert client.post("/embed/text", json={"texts": ["word " * 100_000]}).status_code == 200
         for status, request in {
             400: {"files": {"file": b"<html>"}},

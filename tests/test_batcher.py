@@ -278,6 +278,16 @@ async def test_small_requests_during_a_bulk_job_are_in_the_next_batch(make: Make
     assert len(rig.batches[1]) == 50  # and the bulk job fills it
 
 
+async def test_a_later_bulk_job_shares_with_one_that_is_far_along(make: Make) -> None:
+    rig = await make(max_tokens=100)
+    async with rig.held(*(text(f"old {number}") for number in range(300))):
+        for _ in range(10):
+            await rig.step()
+        await rig.submit_ready(*(text(f"new {number}") for number in range(30)))
+    taken = [name[:3] for names in rig.batches[11:15] for name in names]
+    assert 12 < taken.count("old") < 28  # of 40
+
+
 async def test_a_bulk_job_goes_on_while_more_queries_come_than_a_batch_takes(make: Make) -> None:
     rig = await make(max_tokens=100)
     async with rig.held(*(text(f"bulk {number:02}") for number in range(90))):
@@ -390,7 +400,7 @@ async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make
     rig = await make(max_tokens=10)
     async with rig.held():
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
-        await rig.until(lambda: rig.ready.total() > gme.AHEAD_BATCHES)
+        await rig.until(lambda: len(rig.prepared) == rig.ready.total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
         assert rig.batcher.depth == 2
         await rig.until(lambda: rig.ready["99"])

@@ -290,7 +290,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "a form that does not end": (IMAGE, raw(PART + PHOTO, FORM), 422, "body"),
     "a part of endless headers": (IMAGE, raw(b"--limit\r\n" + b"a: b\r\n" * 9999, FORM), 422, "body"),
     "a field in another charset": (IMAGE, raw(PART + PHOTO + LATIN, FORM), 422, "UTF-8"),
-    "no such route": ("/nothing", {}, 404, ""),
+    "no such route": ("/v1/nothing", {}, 404, ""),
 }  # fmt: skip
 
 

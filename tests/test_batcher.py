@@ -412,6 +412,7 @@ async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make
     rig = await make(max_tokens=10)
     async with rig.held():
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
+        await rig.until(lambda: rig.ready.total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
         assert rig.batcher.depth == 2
         await rig.until(lambda: rig.ready["99"])
@@ -456,20 +457,19 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
     ],
     ids=lambda one: getattr(one, "__name__", repr(one)),
 )
-async def test_an_input_that_cannot_be_prepared_fails_its_own_request_with_its_position(
+async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_with_its_position(
     rig: Rig, fault: BaseException, kind: type[gme.ServiceError]
 ) -> None:
     rig.prepare_faults["bad"] = fault
     for _ in range(10):  # more often than there are threads
         async with rig.held():
-            others = [await rig.submit(text("a"))]
-            bad = await rig.submit(text("b", 20), text("c", 30), text("bad", 10))
-            others.append(await rig.submit(text("d")))
-        error = await error_of(bad)
+            await rig.submit(text("a"))
+            error = await error_of(await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
+            await rig.submit(text("d"))
+            assert rig.batcher.depth == 3
         assert type(error) is kind
         assert str(error).startswith("Input 3: ")
-        await asyncio.gather(*others)
-    assert rig.batcher.alive
+    assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
 
 
 async def test_a_batch_that_does_not_fit_into_memory_is_halved(rig: Rig) -> None:

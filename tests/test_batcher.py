@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOY, golden
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import gme_service as gme
 
@@ -85,6 +83,10 @@ class Rig:
         self.prepared: list[str] = []  # names, in the order in which they were prepared
         self.ready = Counter[str]()  # names, when they are ready for the model
         self.batches: list[list[str]] = []  # names, as the model got them
+        self.whole, self.unlawful = (
+            set[str](),
+            list[list[str]](),
+        )  # the last but for halves of it; those against the rules
         self.prepare_faults: dict[str, BaseException] = {}
         self.model_faults: dict[str, BaseException | float] = {}  # raised, or put into the vector
         self.room = 1 << 30  # inputs for which there is memory
@@ -110,6 +112,11 @@ class Rig:
     def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:
         names, gate = [name_of(one) for one in inputs], self.gate
         self.batches.append(names)
+        if not self.whole.issuperset(names):
+            self.whole, costs = set(names), [one.cost for one in inputs]
+            area, prefixes = len(costs) * max(costs), {one.prefix for one in inputs}
+            if len(costs) > 1 and (area > self.batcher.max_tokens or sum(costs) < 0.79 * area or len(prefixes) > 1):
+                self.unlawful.append(names)
         if not gate.is_set():
             self.busy = True
             self.loop.call_soon_threadsafe(self.changed.set)
@@ -179,7 +186,10 @@ class Rig:
         await self.until(lambda: self.busy)
 
     async def check(self) -> None:
-        """Every request has ended, those with an answer have their own vectors, and nothing is left of any."""
+        """Every request has ended, those with an answer have their own vectors, and nothing is left of any.
+
+        Every batch that the model got has one instruction, at most its tokens and a fifth of padding.
+        """
         self.gate.set()
         self.may_go.set()
         for task, sources in self.requests:
@@ -191,6 +201,7 @@ class Rig:
             else:
                 assert isinstance(answer, gme.ServiceError | asyncio.CancelledError)
         assert self.batcher.depth == 0
+        assert self.unlawful == []
 
 
 @pytest.fixture(scope="module")
@@ -254,39 +265,6 @@ async def test_the_policy(make: Make, name: str) -> None:
 async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:
     sources = [text("a"), text("b", 10, "j"), image("c"), image("d", 10, 1, "j")]
     assert await rig.batches_of(*([source] for source in sources)) == [["a", "c"], ["b", "d"]]
-
-
-REQUESTS = st.lists(
-    st.tuples(st.lists(st.integers(3, 150), min_size=1, max_size=20), st.sampled_from(["i", "another"])),
-    min_size=1,
-    max_size=12,
-)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(REQUESTS)
-def test_every_batch_keeps_the_rules(requests: list[tuple[list[int], str]]) -> None:
-    numbers = itertools.count()
-    sources = [[text(str(next(numbers)), length, i) for length in lengths] for lengths, i in requests]
-
-    async def batches() -> list[list[str]]:
-        rig = Rig(max_tokens=100)
-        async with rig.batcher.running():
-            async with rig.held():
-                for request in sources:
-                    await rig.submit(*request)
-            await rig.check()
-        return rig.batches[1:]
-
-    by_name = {name_of(source): source for request in sources for source in request}
-    computed = asyncio.run(batches())
-    assert sorted(itertools.chain(*computed)) == sorted(by_name)
-    for names in computed:
-        lengths = [len(by_name[name].text) for name in names]
-        area = len(names) * max(lengths)
-        assert area <= 100 or len(names) == 1
-        assert sum(lengths) >= 0.8 * area - 1e-9
-        assert len({by_name[name].instruction for name in names}) == 1
 
 
 async def test_small_requests_during_a_bulk_job_are_in_the_next_batch(make: Make) -> None:
@@ -535,11 +513,11 @@ async def test_when_the_service_ends_what_still_waits_is_told_so() -> None:
 # ------------------------------------------------------------------------------------------------------------ at length
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed: int) -> None:
     """Clients submit, cancel and wait, among inputs that fail in every way, with a cache that is always too small."""
     rig = await make(max_tokens=120, cache_entries=20, max_queue=150)
-    rig.room = 5
+    rig.room = 5 if seed % 2 else 100
     rig.prepare_faults = {"bad": gme.InputError("it is bad"), "worse": RuntimeError("in preparing")}
     rig.model_faults = {"poison": RuntimeError("in the model"), "huge": MemoryError(), "nan": float("nan")}
     faults = [*rig.prepare_faults, *rig.model_faults]

@@ -49,6 +49,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart.multipart import FormParser, parse_options_header
 from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -56,6 +57,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __version__ = "2.0.0"
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it has a line for every broken form
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
 
 
@@ -134,7 +136,9 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR has to be the whole path of a directory: {error}")
+            faults.append(
+                f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give the whole path of a directory."
+            )
         if faults:
             raise StartError("\n".join(faults))
         if "GME_API_KEY" in os.environ and not settings.api_key:
@@ -395,7 +399,7 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda") > MAX_SCANS or data.count(b"Exif\0\0") > 2):
+            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda\0") > MAX_SCANS or data.count(b"Exif\0\0") > 8):
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
             if (
                 data[4:8] == b"ftyp"
@@ -469,7 +473,7 @@ class VisionTower:
 
     def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
-        mean, std = (patches.new_tensor(x, dtype=torch.float32)[:, None] for x in (self.mean, self.std))
+        mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
         weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
@@ -729,6 +733,8 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 BATCH_PADDING = Histogram("gme_batch_padding_ratio", "Share of padding in a batch.", buckets=[n / 20 for n in range(6)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
+Prepare = Callable[[Sequence[Source]], Iterable[Input | ServiceError]]
+Compute = Callable[[Sequence[Input]], Iterable[np.ndarray]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -779,12 +785,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
-        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
-        max_tokens: int,
-        max_queue: int = 16384,
-        cache_entries: int = 0,
+        self, prepare: Prepare, compute: Compute, max_tokens: int, max_queue: int = 16384, cache_entries: int = 0
     ) -> None:
         self.prepare, self.compute, self.on_death = prepare, compute, lambda: None
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
@@ -993,6 +994,7 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # a PNG of one
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
@@ -1009,7 +1011,7 @@ class ImageForm(BaseModel):
 
 
 class OpenAIRequest(BaseModel):
-    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"text": "一个红色的圆形"}]])
+    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"image": PIXEL}]])
     model: str | None = Field(None, description="Any name: there is one model.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Only the model's own.")
@@ -1028,20 +1030,29 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_response(request: Request, error: ServiceError) -> Response:
-    status, sentence = error.status, str(error)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
-    body: dict[str, Any] = {"detail": sentence}  # on OpenAI's routes too: clients made for Jina's service read it there
-    if request.scope["path"].startswith("/v1/"):
+def route_path(request: Request) -> str:
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+
+
+def error_response(request: Request, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as our clients read it, and on OpenAI's routes as theirs do. There, Jina's clients read our `detail`."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, headers)
+    body: dict[str, Any] = {"detail": sentence}
+    if route_path(request).startswith("/v1/"):
         kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
         body["error"] = {"message": sentence, "type": kind, "code": None}
     return json_response(body, status, headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody reads
-    return error_response(request, error if isinstance(error, ServiceError) else ServiceError(ServiceError.example))
+    match error:
+        case ServiceError():
+            return error_response(request, error.status, str(error))
+        case HTTPException():  # no such route, or another method
+            return error_response(request, error.status_code, error.detail, error.headers)
+        case ClientDisconnect():
+            return Response(status_code=499)  # which nobody reads
+    return error_response(request, 500, ServiceError.example)
 
 
 class Guard:
@@ -1094,18 +1105,18 @@ class Guard:
 
         app = self.app
         if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            app = json_response({"detail": "Method Not Allowed"}, 405, {"Allow": "GET, POST"})
+            app = error_response(request, 405, "Method Not Allowed", {"Allow": "GET, POST"})
         elif not self.admits(request):
-            app = error_response(request, KeyRefusedError(KeyRefusedError.example))
+            app = error_response(request, 401, KeyRefusedError.example)
         elif int(length) > self.max_body:
-            app = error_response(request, TooLargeError(self.too_large))
+            app = error_response(request, 413, self.too_large)
         try:
             await app(scope, receive_counted, send_to_the_end)
         finally:
             self.open_bytes -= held
 
     def admits(self, request: Request) -> bool:
-        path = request.scope["path"]
+        path = route_path(request)
         if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -1131,7 +1142,8 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
         return kind.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)[:3]
-        sentences = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}." for fault in faults)
+        named = (([str(x + 1 if isinstance(x, int) else x) for x in fault["loc"]], fault["msg"]) for fault in faults)
+        sentences = (f"{'.'.join(names) or 'body'}: {message}." for names, message in named)
         raise MalformedError(" ".join(sentences)) from None
 
 
@@ -1170,7 +1182,7 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
 def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
-        item = {"image": item} if DATA_URI.match(item) else {"text": item}
+        item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
     strings = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
     if not strings or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
@@ -1178,11 +1190,12 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     text, image = item.get("text") or "", item.get("image")
     if image is None:
         return Source(text, None, instruction)
-    uri = DATA_URI.match(image)
+    uri = DATA_URI.match(image, 0, 200)
     try:
         if uri and uri[1].lower() != "image":
             raise ValueError("It is another kind of data URI.")
-        data = base64.b64decode("".join(image[uri.end() if uri else 0 :].split()), validate=True)
+        encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
+        data = base64.b64decode(encoded, validate=True)
     except ValueError:
         sentence = "send an image as base64 or as its data URI (an URL is never fetched)."
         raise InputError(name + sentence) from None
@@ -1197,12 +1210,14 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
         raise TooLargeError(f"The request has {len(sources)} inputs: send at most {max_inputs}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
-    await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-    if not answer.done():
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        result = answer.result()
+    finally:
         answer.cancel()
-        raise ClientDisconnect
-    gone.cancel()
-    result = answer.result()
+        gone.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
     TOKENS.inc(result.tokens)
@@ -1220,7 +1235,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         version=__version__,
         description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
         lifespan=lambda _: batcher.running(),
-        exception_handlers={ServiceError: on_error, ClientDisconnect: on_error, Exception: on_error},
+        exception_handlers=dict.fromkeys((ServiceError, HTTPException, ClientDisconnect, Exception), on_error),
         redoc_url=None,
         static_url="/docs/static",
     )
@@ -1248,9 +1263,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         files, fields = await read_form(request, settings.max_inputs)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
-        answer = await embed(
-            request, batcher, [Source(text, content, instruction, name) for name, content in named], most
-        )
+        sources = [Source(text, content, instruction, name) for name, content in named]
+        answer = await embed(request, batcher, sources, most)
         return json_response({"embeddings": answer.embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
@@ -1290,19 +1304,15 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     app.include_router(ours)
     app.include_router(openai)
-    Instrumentator(should_group_status_codes=False).instrument(app, latency_lowr_buckets=SECONDS).expose(
-        app, tags=["State"]
-    )
+    instrumentator = Instrumentator(should_group_status_codes=False)
+    instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = (
-    "A red circle on a white ground, and nothing else to be seen.",
-    "a photograph of a harbour at dusk, with boats",
-)
+PROBES = ("A red circle on a white ground, and nothing else to be seen.", "a photograph of a harbour, with boats")
 
 
 def build() -> FastAPI:
@@ -1316,14 +1326,13 @@ def build() -> FastAPI:
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
-    batcher = Batcher(
-        prepare, model.embed, settings.max_batch_tokens or batch_tokens, settings.max_queue, cache_entries
-    )
+    max_tokens = settings.max_batch_tokens or batch_tokens
+    batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
 
     def end_process() -> None:
+        died.set()
         asyncio.get_running_loop().call_later(10, os._exit, 1)  # s, for the answers under way
         os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
-        died.set()
 
     batcher.on_death, died = end_process, threading.Event()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -1344,9 +1353,7 @@ def main(arguments: list[str]) -> None:
         print(verify(Settings.load()))
     else:
         if "--help" in arguments:
-            print(
-                "python gme_service.py [--verify | --version | options of uvicorn]: serves on all addresses, port 8000."
-            )
+            print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
             print("The settings are environment variables GME_*: see README.md.\n", flush=True)
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
         os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])

@@ -43,13 +43,7 @@ def build() -> FastAPI:
 )
 @serve.ingress(build)
 class GME:
-    """A replica. Serve replaces it when its process ends, as it does with its model thread, or its health is bad."""
-
-    app: FastAPI  # which `serve.ingress` sets
-
-    async def check_health(self) -> None:
-        if not self.app.state.batcher.alive:
-            raise RuntimeError("The model thread has ended.")
+    """A replica. Serve replaces it when its process ends, as it does when its device is lost."""
 
 
 def has_gpus() -> bool:

@@ -96,10 +96,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve_hub(directory: Path, model_id: str) -> Iterator[Hub]:
+def serve_hub(directory: Path, model_id: str, port: int = 0) -> Iterator[Hub]:
     """A hub until the block ends; from then on its address is a closed port."""
     hub = Hub(directory, model_id)
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub})) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), type("HubHandler", (Handler,), {"hub": hub})) as server:
         hub.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()

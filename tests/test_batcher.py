@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import gme_service as gme
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+Make = Callable[..., Awaitable["Rig"]]
 PATIENCE = 30  # seconds after which a thread that hangs gives up
 
 
@@ -51,16 +53,18 @@ class Told(gme.Input):
 
     def key(self) -> bytes:
         key = Key(super().key())
-        key.tell = self.__dict__.get("tell")
+        key.tell = self.__dict__["tell"]
         return key
 
 
-def read(source: gme.Source) -> Told:
+def read(source: gme.Source, tell: Callable[[], None] | None = None) -> Told:
     """One token for each character and byte; the instruction is the part that the model has already."""
     data = source.image or b""
     prefix = [ord(character) for character in source.instruction]
     ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
-    return Told(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
+    one = Told(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
+    one.__dict__["tell"] = tell
+    return one
 
 
 def name_of(one: gme.Source | gme.Input) -> str:
@@ -100,9 +104,7 @@ class Rig:
             fault = self.prepare_faults.get(name)
             if fault and not isinstance(fault, gme.ServiceError):
                 raise fault
-            results.append(fault or read(source))
-            if not fault:
-                results[-1].__dict__["tell"] = lambda name=name: self.note_ready(name)
+            results.append(fault or read(source, functools.partial(self.note_ready, name)))
         return results
 
     def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:
@@ -176,9 +178,6 @@ class Rig:
         gate.set()
         await self.until(lambda: self.busy)
 
-    def batch_of(self, name: str) -> int:
-        return next(number for number, names in enumerate(self.batches) if name in names)
-
     async def check(self) -> None:
         """Every request has ended, those with an answer have their own vectors, and nothing is left of any."""
         self.gate.set()
@@ -200,7 +199,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-async def make() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
+async def make() -> AsyncIterator[Make]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make_one(**options: int) -> Rig:
@@ -213,7 +212,7 @@ async def make() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
 
 
 @pytest.fixture
-async def rig(make: Callable[..., Awaitable[Rig]]) -> Rig:
+async def rig(make: Make) -> Rig:
     return await make()
 
 
@@ -229,7 +228,7 @@ POLICY = {  # the most tokens of a batch; what comes while the model is busy; th
     "concurrent requests share a batch": (1000, ["a", "b", "c"], ["a b c"]),
     "a batch may be as full as the limit": (100, ["a b c d e f g h i j k"], ["a b c d e f g h i j", "k"]),
     "a longer input than a batch goes alone": (100, ["a:150", "b:150", "c:90", "d"], ["a", "b", "c", "d"]),
-    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a c b"]),
+    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a b c"]),
     "and no more than a fifth": (1000, ["a:100", "b:39", "c:100"], ["a c", "b"]),
     "the oldest goes first among equals": (10, ["a", "b", "c"], ["a", "b", "c"]),
     "the shortest of a request goes first": (30, ["c:28 a:16 b:18"], ["a", "b", "c"]),
@@ -242,20 +241,14 @@ POLICY = {  # the most tokens of a batch; what comes while the model is busy; th
 
 
 @pytest.mark.parametrize("name", POLICY)
-async def test_the_policy(make: Callable[..., Rig], name: str) -> None:
+async def test_the_policy(make: Make, name: str) -> None:
     max_tokens, requests, batches = POLICY[name]
     rig = await make(max_tokens=max_tokens)
     sources = [
         [text(one, int(length or 10)) for one, _, length in (item.partition(":") for item in request.split())]
         for request in requests
     ]
-    assert await rig.batches_of(*sources) == [names.split() for names in batches]
-
-
-async def test_the_answer_is_in_the_order_of_the_request_whatever_the_lengths(make: Callable[..., Rig]) -> None:
-    rig = await make(max_tokens=100)
-    await rig.submit(*(text(str(number), length) for number, length in enumerate([9, 50, 3, 100, 7, 300, 3])))
-    await rig.check()  # which compares the vectors
+    assert [sorted(names) for names in await rig.batches_of(*sources)] == [names.split() for names in batches]
 
 
 async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:
@@ -296,28 +289,18 @@ def test_every_batch_keeps_the_rules(requests: list[tuple[list[int], str]]) -> N
         assert len({by_name[name].instruction for name in names}) == 1
 
 
-async def test_lone_queries_during_a_bulk_job_are_in_the_next_batch(make: Callable[..., Rig]) -> None:
-    rig = await make(max_tokens=200)
+async def test_small_requests_during_a_bulk_job_are_in_the_next_batch(make: Make) -> None:
+    rig = await make(max_tokens=500)
     async with rig.held(*(text(f"bulk {number}") for number in range(2000))):
-        await rig.until(lambda: rig.ready.total() > 60)
+        await rig.until(lambda: rig.ready.total() > 100)
         for number in range(10):
             await rig.submit_ready(text(f"lone {number}"))
-    await rig.check()
-    assert {rig.batch_of(f"lone {number}") for number in range(10)} == {1}
-    assert len(rig.batches[1]) == 20  # and the bulk job fills it
-
-
-async def test_a_small_request_during_a_bulk_job_is_in_the_next_batch(make: Callable[..., Rig]) -> None:
-    rig = await make(max_tokens=400)
-    async with rig.held(*(text(f"bulk {number}") for number in range(500))):
         await rig.submit_ready(*(text(f"small {number}") for number in range(16)))
-    await rig.check()
-    assert {rig.batch_of(f"small {number}") for number in range(16)} == {1}
+    assert len([name for name in rig.batches[1] if not name.startswith("bulk")]) == 26
+    assert len(rig.batches[1]) == 50  # and the bulk job fills it
 
 
-async def test_a_bulk_job_goes_on_while_more_lone_queries_keep_coming_than_a_batch_takes(
-    make: Callable[..., Rig],
-) -> None:
+async def test_a_bulk_job_goes_on_while_more_queries_come_than_a_batch_takes(make: Make) -> None:
     rig = await make(max_tokens=100)
     async with rig.held(*(text(f"bulk {number:02}") for number in range(90))):
         for turn in range(30):
@@ -338,7 +321,7 @@ async def test_an_input_equal_to_one_that_is_being_computed_waits_for_that(rig: 
 
 
 @pytest.mark.parametrize("cache_entries", [0, 100])
-async def test_inputs_that_differ_in_anything_are_computed_apart(make: Callable[..., Rig], cache_entries: int) -> None:
+async def test_inputs_that_differ_in_anything_are_computed_apart(make: Make, cache_entries: int) -> None:
     rig = await make(cache_entries=cache_entries)
     differ = [text("same"), text("same", 11), text("same", 10, "j"), image("same"), image("same", 10, pixel=2)]
     for source in differ:
@@ -349,59 +332,60 @@ async def test_inputs_that_differ_in_anything_are_computed_apart(make: Callable[
     assert Counter(itertools.chain(*rig.batches)) == {"same": 5}
 
 
-async def test_cancelling_one_of_two_equal_inputs_leaves_the_other(rig: Rig) -> None:
-    async with rig.held():
-        left, stays = await rig.submit_ready(text("same")), await rig.submit_ready(text("same"))
-        await rig.cancel(left)
-    await stays
-
-
-async def test_the_cache_answers_without_the_model_and_forgets_what_was_not_asked_for_the_longest(
-    make: Callable[..., Rig],
+@pytest.mark.parametrize(
+    ("cache_entries", "batches"), [(2, [["a", "b"], ["c"], ["b"]]), (0, [["a", "b"], ["b", "a"], ["c"], ["a"], ["b"]])]
+)
+async def test_the_cache_forgets_what_was_not_asked_for_the_longest(
+    make: Make, cache_entries: int, batches: list[list[str]]
 ) -> None:
-    rig = await make(cache_entries=2)
+    rig = await make(cache_entries=cache_entries)
     for names in ["ab", "bba", "c", "a", "b"]:  # c takes the place of b, which a was asked for after
         await (await rig.submit(*map(text, names)))
-    assert rig.batches == [["a", "b"], ["c"], ["b"]]
+    assert rig.batches == batches
 
 
-async def test_without_a_cache_an_input_is_computed_again(rig: Rig) -> None:
-    for _ in range(2):
-        await (await rig.submit(text("a")))
-    assert rig.batches == [["a"], ["a"]]
+async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_and_nothing_of_a_clients() -> None:
+    arrays = []
 
-
-async def test_the_cache_keeps_no_batch_and_nothing_that_a_client_can_change() -> None:
-    batches = []
+    def prepare(sources: Sequence[gme.Source]) -> list[gme.Input]:
+        inputs = [read(source) for source in sources]
+        arrays.extend(weakref.ref(one.patches) for one in inputs)
+        return inputs
 
     def embed(inputs: Sequence[gme.Input]) -> np.ndarray:
         vectors = np.ones((len(inputs), 4), np.float32)
-        batches.append(weakref.ref(vectors))
+        arrays.append(weakref.ref(vectors))
         return vectors
 
-    batcher = gme.Batcher(lambda sources: list(map(read, sources)), embed, 1000, cache_entries=10)
+    batcher = gme.Batcher(prepare, embed, 1000, cache_entries=50)
     async with batcher.running():
-        for source in (text("a"), text("a"), text("b")):
-            answer = await batcher.embed([source])
-            assert (answer.embeddings == 1).all()
-            answer.embeddings[:] = 0
-    gc.collect()
-    assert len(batches) == 2
-    assert batches[0]() is None
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(100):
+                answer = await batcher.embed([image(f"{number // 2}")])
+                assert (answer.embeddings == 1).all()
+                answer.embeddings[:] = 0
+            alive = sum(array() is not None for array in arrays)
+        finally:
+            gc.enable()
+    assert alive < 15 < len(arrays)  # the last batch, and the last of each thread
 
 
 # -------------------------------------------------------------------------------------------------- cancelled, too much
 
 
-async def test_a_request_cancelled_when_ready_does_not_reach_the_model(rig: Rig) -> None:
+async def test_a_request_cancelled_when_ready_does_not_reach_the_model_and_leaves_the_others(rig: Rig) -> None:
     async with rig.held():
-        gone = await rig.submit_ready(text("gone 0"), text("gone 1"))
-        stays = await rig.submit_ready(text("stays"))
+        gone, stays = await rig.submit_ready(text("gone"), text("same")), await rig.submit_ready(text("same"))
         assert rig.batcher.depth == 4
         await rig.cancel(gone)
         assert rig.batcher.depth == 2
-    await stays
-    assert rig.batches == [["plug"], ["stays"]]
+        await rig.step()
+        other = await rig.submit_ready(text("same"))
+        await rig.cancel(stays)
+    await other
+    assert rig.batches == [["plug"], ["same"]]
 
 
 async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model(rig: Rig) -> None:
@@ -416,17 +400,7 @@ async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model
     assert rig.batches == [["stays"]]
 
 
-async def test_a_request_cancelled_in_the_batch_under_way_leaves_the_others(rig: Rig) -> None:
-    async with rig.held():
-        gone, stays = await rig.submit_ready(text("gone")), await rig.submit_ready(text("stays"))
-        await rig.step()
-        await rig.cancel(gone)
-        assert rig.batcher.depth == 1
-    await stays
-    assert rig.batches == [["plug"], ["gone", "stays"]]
-
-
-async def test_preparing_stays_a_few_batches_ahead(make: Callable[..., Rig]) -> None:
+async def test_preparing_stays_a_few_batches_ahead(make: Make) -> None:
     rig = await make(max_tokens=10)
     async with rig.held(*(image(f"{number}") for number in range(100))):
         for _ in range(50):
@@ -434,10 +408,11 @@ async def test_preparing_stays_a_few_batches_ahead(make: Callable[..., Rig]) -> 
             assert len(rig.prepared) < len(rig.batches) + 20
 
 
-async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make: Callable[..., Rig]) -> None:
+async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make: Make) -> None:
     rig = await make(max_tokens=10)
     async with rig.held():
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
+        await rig.until(lambda: rig.ready.total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
         assert rig.batcher.depth == 2
         await rig.until(lambda: rig.ready["99"])
@@ -453,7 +428,7 @@ async def test_a_text_does_not_wait_until_an_image_is_prepared(rig: Rig) -> None
     assert not picture.done()
 
 
-async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Callable[..., Rig]) -> None:
+async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Make) -> None:
     rig = await make(max_queue=4)
     rig.model_faults["bad"] = RuntimeError("boom")
     async with rig.held():
@@ -482,20 +457,19 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
     ],
     ids=lambda one: getattr(one, "__name__", repr(one)),
 )
-async def test_an_input_that_cannot_be_prepared_fails_its_own_request_with_its_position(
+async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_with_its_position(
     rig: Rig, fault: BaseException, kind: type[gme.ServiceError]
 ) -> None:
     rig.prepare_faults["bad"] = fault
     for _ in range(10):  # more often than there are threads
         async with rig.held():
-            others = [await rig.submit(text("a"))]
-            bad = await rig.submit(text("b", 20), text("c", 30), text("bad", 10))
-            others.append(await rig.submit(text("d")))
-        error = await error_of(bad)
+            await rig.submit(text("a"))
+            error = await error_of(await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
+            await rig.submit(text("d"))
+            assert rig.batcher.depth == 3
         assert type(error) is kind
         assert str(error).startswith("Input 3: ")
-        await asyncio.gather(*others)
-    assert rig.batcher.alive
+    assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
 
 
 async def test_a_batch_that_does_not_fit_into_memory_is_halved(rig: Rig) -> None:
@@ -515,7 +489,7 @@ async def test_a_batch_that_does_not_fit_into_memory_is_halved(rig: Rig) -> None
     ids=repr,
 )
 async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembered(
-    make: Callable[..., Rig], caplog: pytest.LogCaptureFixture, fault: BaseException | float, kind: type[Exception]
+    make: Make, caplog: pytest.LogCaptureFixture, fault: BaseException | float, kind: type[Exception]
 ) -> None:
     rig = await make(cache_entries=100)
     rig.model_faults["bad"] = fault
@@ -534,7 +508,7 @@ async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembere
     await (await rig.submit(text("bad")))
 
 
-async def test_a_device_that_cannot_go_on_ends_every_request(make: Callable[..., Rig]) -> None:
+async def test_a_device_that_cannot_go_on_ends_every_request(make: Make) -> None:
     rig, deaths = await make(max_tokens=10), []
     rig.model_faults["fatal"] = gme.DeviceError("The device cannot go on.")
     rig.batcher.on_death = lambda: deaths.append(rig.batcher.alive)
@@ -561,29 +535,8 @@ async def test_when_the_service_ends_what_still_waits_is_told_so() -> None:
 # ------------------------------------------------------------------------------------------------------------ at length
 
 
-async def test_what_has_been_answered_is_freed_without_a_garbage_collection() -> None:
-    arrays = []
-
-    def prepare(sources: Sequence[gme.Source]) -> list[gme.Input]:
-        inputs = [read(source) for source in sources]
-        arrays.extend(weakref.ref(one.patches) for one in inputs)
-        return inputs
-
-    batcher = gme.Batcher(prepare, lambda inputs: [identity(one) for one in inputs], 1000)
-    async with batcher.running():
-        gc.collect()
-        gc.disable()
-        try:
-            for number in range(50):
-                await batcher.embed([image(f"{number}")])
-            alive = sum(array() is not None for array in arrays)
-        finally:
-            gc.enable()
-    assert alive < 10  # the last batch, and the last of each thread
-
-
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_happens_each_request_ends_as_it_should(make: Callable[..., Rig], seed: int) -> None:
+async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed: int) -> None:
     """Clients submit, cancel and wait, among inputs that fail in every way, with a cache that is always too small."""
     rig = await make(max_tokens=120, cache_entries=20, max_queue=150)
     rig.room = 5
@@ -626,15 +579,9 @@ async def test_the_vectors_are_the_authors_whoever_shares_the_batch() -> None:
     cases = [case for case in golden() if case.image in small and len(case.text) < 1000] * 2
     random.Random(0).shuffle(cases)
     requests = [cases[start : start + 3] for start in range(0, len(cases), 3)]
+    sources = [[gme.Source(one.text, one.data, one.prompt or gme.DEFAULT_INSTRUCTION) for one in r] for r in requests]
     batcher = gme.Batcher(prepare, model.embed, 512)
     async with batcher.running():
-        answers = await asyncio.gather(
-            *(
-                batcher.embed(
-                    [gme.Source(case.text, case.data, case.prompt or gme.DEFAULT_INSTRUCTION) for case in request]
-                )
-                for request in requests
-            )
-        )
+        answers = await asyncio.gather(*map(batcher.embed, sources))
     for answer, request in zip(answers, requests, strict=True):
         np.testing.assert_allclose(answer.embeddings, [case.vector for case in request], atol=1e-5)

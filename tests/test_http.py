@@ -50,6 +50,14 @@ def strict(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
+def direct(strict: Address) -> Address:
+    """The strict server, when no proxy is in between."""
+    if not isinstance(strict, Server):
+        pytest.skip("a proxy is in between")
+    return strict
+
+
+@pytest.fixture
 def stranger(strict: Address) -> Iterator[httpx.Client]:
     """A client of the strict server that has no key."""
     with strict.client() as client:
@@ -160,11 +168,6 @@ def test_any_other_string_is_a_text(client: httpx.Client, text: str) -> None:
     np.testing.assert_array_equal(create(client, text), embed_texts(client, text))
 
 
-def test_a_text_of_a_form_may_be_as_long_as_any_other(client: httpx.Client) -> None:
-    beginning = embed_image(client, PHOTO, text="word " * 5_000)
-    np.testing.assert_allclose(embed_image(client, PHOTO, text="word " * 500_000), beginning, atol=1e-6)
-
-
 def test_the_answer_is_openais_list_object_with_the_tokens_that_the_model_read(client: httpx.Client) -> None:
     given = ["a red circle", "a red circle", {"image": BASE64}, {"text": "a circle", "image": BASE64}, "word " * 5000]
     answers = [client.post(OPENAI, json={"input": given, "prompt": QUERY}).json() for _ in range(2)]
@@ -228,7 +231,7 @@ def raw(content: bytes, headers: dict[str, str] = JSON) -> dict[str, object]:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its status, and what the sentence names
-    "no texts": (TEXT, {"json": {"texts": []}}, 400, "texts"),
+    "no texts": (TEXT, {"json": {"texts": []}}, 400, "input"),
     "no input": (OPENAI, {"json": {"input": []}}, 400, "input"),
     "an empty image": (IMAGE, form(b""), 400, "File 1"),
     "a page in place of an image": (IMAGE, form(b"<html>404</html>"), 400, "File 1"),
@@ -259,13 +262,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "another encoding": (OPENAI, {"json": {"input": "a", "encoding_format": "int8"}}, 422, "encoding_format"),
     "no input at all": (OPENAI, {"json": {}}, 422, "input"),
     "null in place of input": (OPENAI, {"json": {"input": None}}, 422, "input"),
-    "null in place of an item": (OPENAI, {"json": {"input": ["a", None]}}, 422, "Input 2"),
-    "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 422, "Input 2"),
-    "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 422, "Input 2"),
+    "null in place of an item": (OPENAI, {"json": {"input": ["a", None]}}, 400, "Input 2"),
+    "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 400, "Input 2"),
+    "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 400, "Input 2"),
     "a text in place of texts": (TEXT, {"json": {"texts": "a"}}, 422, "texts"),
     "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.1"),
     "a list as prompt": (TEXT, {"json": {"texts": ["a"], "prompt": ["a"]}}, 422, "prompt"),
     "a list as body": (TEXT, {"json": ["a"]}, 422, "body"),
+    "many faults": (TEXT, {"json": {"texts": [{"secret": 1}] * 1000, "prompt": 1}}, 422, "texts"),
     "no body": (TEXT, raw(b""), 422, "body"),
     "half a body": (TEXT, raw(b'{"texts": ["a"]'), 422, "body"),
     "deep lists": (TEXT, raw(b'{"texts": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"), 422, "body"),
@@ -295,13 +299,8 @@ def test_a_refusal_is_a_sentence_that_says_what_to_change(client: httpx.Client, 
     path, request, status, words = REFUSED[name]
     sentence = detail(client.post(path, **request), status)
     assert words in sentence
-    assert 0 < len(sentence) < 300
-
-
-def test_of_many_faults_a_few_are_named_and_nothing_is_echoed(client: httpx.Client) -> None:
-    sentence = detail(client.post(TEXT, json={"texts": [{"secret": 1}] * 1000, "prompt": {"secret": 1}}), 422)
     assert "secret" not in sentence
-    assert len(sentence) < 1000
+    assert 0 < len(sentence) < 300
 
 
 @pytest.mark.parametrize("scheme", ["http", "HTTPS"])
@@ -364,7 +363,7 @@ HOSTILE = {  # nearly all that a body may have, and the statuses that it may get
 
 @pytest.fixture
 def quick(server: Address) -> Iterator[None]:
-    """Within the test, /health is asked without a pause, and answers each time within two seconds."""
+    """Within the test, /health is asked without a pause, and answers each time within four seconds."""
     waits, done = [0.0], threading.Event()
 
     def ask() -> None:
@@ -380,7 +379,7 @@ def quick(server: Address) -> Iterator[None]:
         done.set()
         asking.result()
     assert len(waits) > 2
-    assert max(waits) < 2
+    assert max(waits) < 4
 
 
 @pytest.mark.usefixtures("quick")
@@ -405,14 +404,14 @@ def test_an_honest_body_of_31_mb_is_embedded(client: httpx.Client) -> None:
     assert vectors(client.post(OPENAI, content=body, headers=JSON)).shape == (2001, 128)
 
 
-def test_all_open_bodies_together_have_a_limit(strict: Address, holder: httpx.Client) -> None:
+def test_all_open_bodies_together_have_a_limit(direct: Address, holder: httpx.Client) -> None:
     def ask() -> httpx.Response:
         return holder.post(TEXT, json={"texts": ["a" * (2**20 - 20)]})
 
     head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {2**20}\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(100):
-            stack.enter_context(connect(strict)).sendall(head.encode() + bytes(2**20 - 10))
+            stack.enter_context(connect(direct)).sendall(head.encode() + bytes(2**20 - 10))
             if (answer := ask()).status_code != 200:
                 break
     assert detail(answer, 503)
@@ -433,7 +432,7 @@ def test_past_the_queues_limit_requests_are_refused_at_once(busy: Server) -> Non
         assert waiting.result(PATIENCE).shape == (2000, 128)
 
 
-# ---------------------------------------------------------------------------- clients that leave, wait, or do not listen
+# ----------------------------------------------------------------------- clients that leave, wait, or do not listen
 
 
 def connect(server: Address) -> socket.socket:
@@ -518,32 +517,26 @@ def by_requests(url: str, body: Any, headers: dict[str, str]) -> tuple[int, byte
 @pytest.mark.parametrize("send", [by_http_client, by_urllib, by_httpx, by_async_httpx, by_requests])
 @pytest.mark.parametrize(("status", "chunked"), [(401, False), (401, True), (413, False), (413, True)])
 def test_a_client_that_still_sends_reads_why_it_is_refused(
-    strict: Address, send: Callable[..., tuple[int, bytes]], status: int, chunked: bool
+    direct: Address, send: Callable[..., tuple[int, bytes]], status: int, chunked: bool
 ) -> None:
-    if not isinstance(strict, Server):
-        pytest.skip("a proxy is in between")
     for _ in range(10):
         body: Any = (bytes(2**16) for _ in range(5 * 16)) if chunked else bytes(5 * 2**20)
-        got, answer = send(strict.url, body, JSON | (HOLDER if status == 413 else {}))
+        got, answer = send(direct.url, body, JSON | (HOLDER if status == 413 else {}))
         assert got == status
         assert json.loads(answer)["detail"]
 
 
-def test_a_client_that_never_ends_is_left(strict: Address) -> None:
-    if not isinstance(strict, Server):
-        pytest.skip("a proxy is in between")
-    with connect(strict) as endless:
+def test_a_client_that_never_ends_is_left(direct: Address) -> None:
+    with connect(direct) as endless:
         endless.sendall(b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
         with pytest.raises(ConnectionError):
             endless.sendall(bytes(100 * 2**20))  # of which it reads a few
 
 
-def test_who_asks_before_sending_is_told_to_go_on_or_why_not(strict: Address) -> None:
-    if not isinstance(strict, Server):
-        pytest.skip("a proxy is in between")
+def test_who_asks_before_sending_is_told_to_go_on_or_why_not(direct: Address) -> None:
     body = b'{"texts": ["a"]}'
     for key, size, answer in ((KEY, len(body), b"100"), ("wrong", len(body), b"401"), (KEY, 2**21, b"413")):
-        with connect(strict) as asking, asking.makefile("rb") as answers:
+        with connect(direct) as asking, asking.makefile("rb") as answers:
             head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: {size}\r\n"
             asking.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
             assert answers.readline().split()[1] == answer

@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 400, "Input 2"),
     "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 400, "Input 2"),
     "a text in place of texts": (TEXT, {"json": {"texts": "a"}}, 422, "texts"),
-    "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.1"),
+    "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.2"),
     "a list as prompt": (TEXT, {"json": {"texts": ["a"], "prompt": ["a"]}}, 422, "prompt"),
     "a list as body": (TEXT, {"json": ["a"]}, 422, "body"),
     "many faults": (TEXT, {"json": {"texts": [{"secret": 1}] * 1000, "prompt": 1}}, 422, "texts"),

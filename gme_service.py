@@ -147,7 +147,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 
-SUMS = "SHA256SUMS"  # of a checkpoint's files, in the format of the command sha256sum
+CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+SUMS = "SHA256SUMS"  # of what a start reads, in the format of the command sha256sum
 
 
 def weight_files(directory: Path) -> set[Path]:
@@ -159,7 +160,7 @@ def weight_files(directory: Path) -> set[Path]:
 def is_complete(directory: Path) -> bool:
     """Whether `directory` holds a whole checkpoint. The header of a weight file shows when the file was cut short."""
     try:
-        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        for name in CONFIGS:
             json.loads((directory / name).read_bytes())
         return all(safe_open(path, framework="np") for path in weight_files(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
@@ -167,11 +168,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def file_sums(directory: Path) -> dict[str, str]:
-    """SHA-256 sums by name of a checkpoint's files."""
-    paths = [
-        path for path in sorted(directory.iterdir()) if path.is_file() and path.name[0] != "." and path.name != SUMS
-    ]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths}
+    """SHA-256 sums by name of the files that a start reads, as far as they are there."""
+    paths = [path for path in (*(directory / name for name in CONFIGS), *weight_files(directory)) if path.exists()]
+    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in sorted(paths)}
 
 
 def download(settings: Settings, directory: Path) -> None:
@@ -220,16 +219,17 @@ def verify(settings: Settings) -> str:
     """
     directory, revision = settings.model_dir / settings.model_id, settings.model_revision
     try:
+        actual, names = file_sums(directory), [*CONFIGS, *(path.name for path in weight_files(directory))]
         if (directory / SUMS).exists():
-            noted = [line.split("  ", 1) for line in (directory / SUMS).read_text().splitlines()]
-            actual = file_sums(directory)
-            wrong = [name for digest, name in noted if actual.get(name) != digest]
+            noted = dict(line.split("  ", 1)[::-1] for line in (directory / SUMS).read_text().splitlines())
+            wrong = [name for name in names if name not in actual or noted.get(name) != actual[name]]
         else:
             from modelscope_hub import HubApi
 
             found = HubApi().verify_cache(settings.model_id, "model", revision=revision, local_dir=str(directory))
             wrong = [*(mismatch.path for mismatch in found.mismatches), *found.missing_paths]
-    except Exception as error:  # of the client, as above
+            wrong = [name for name in wrong if name in names]
+    except Exception as error:  # the client raises many kinds
         raise HubError(f"{directory} cannot be compared with what was published: {error}") from None
     if wrong:
         raise StartError(
@@ -249,7 +249,9 @@ PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
 # What turns an image upright, by EXIF orientation from 2 on. ImageOps.exif_transpose would fail where the EXIF is odd.
 UPRIGHT = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+JPEG_SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # the start of a scan
 MAX_SCANS = 30  # of a progressive JPEG, each of which passes over the whole image; encoders write about ten
+MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
 MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 32 times as much of them
 OPEN_SECONDS, PIXELS_PER_SECOND = 1, 10_000_000  # CPU time allowed to open a file, and then for its pixels
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
@@ -329,8 +331,8 @@ def upright(image: Image.Image) -> Image.Image:
     rgb.load()  # a PNG may have its EXIF behind the pixels
     if len(image.info.get("exif", b"")) > MAX_EXIF:
         raise ValueError("The EXIF data are too large.")
-    orientation = int(image.getexif().get(ExifTags.Base.Orientation) or 1)
-    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if 2 <= orientation <= 8 else rgb
+    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if orientation in range(2, 9) else rgb
 
 
 def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
@@ -400,12 +402,14 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda\0") > MAX_SCANS or data.count(b"Exif\0\0") > 8):
+            scans = JPEG_SCAN.split(data, MAX_SCANS) if data.startswith(b"\xff\xd8") else []
+            if len(scans) > MAX_SCANS or (scans and scans[0].count(b"Exif\0\0") > 8):
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
             if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
                 data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
             with Image.open(file := ImageFile(data), formats=FORMATS) as image:
-                if (pixels := image.width * image.height) > self.max_pixels:
+                pixels = image.width * image.height
+                if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError
                 file.deadline += pixels / PIXELS_PER_SECOND
                 with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
@@ -420,7 +424,8 @@ class Preparer:
         except MemoryError:
             raise
         except Image.DecompressionBombError:
-            sentence = f"The image has more than the {self.max_pixels} pixels that are accepted: scale it down first."
+            limits = f"{self.max_pixels} pixels in all and {MAX_SIDE} on a side"
+            sentence = f"The image has more pixels than are accepted ({limits}): scale it down first."
             raise TooLargeError(sentence) from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
@@ -432,7 +437,36 @@ class Preparer:
 MAX_KEPT_PREFIX = 256  # tokens, 7 MB of bfloat16 keys and values in the 2B model; a longer one is computed again
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}  # 1 - cosine, of rounding alone
 KeyValues = list[tuple[Tensor, Tensor]]  # for each layer, (B, groups, T, head_dim) both
-Layer = dict[str, Any]  # modules by their published names within a layer
+
+
+class Parameters:
+    """What the checkpoint has for one published name: their shapes, and once they are loaded, their values."""
+
+    in_float32 = False
+    weight: Any = None
+    bias: Any = None
+
+    def __init__(self, *shape: int, bias: bool = False, eps: float = 1e-6) -> None:
+        self.shapes, self.eps = {"weight": shape} | ({"bias": shape[:1]} if bias else {}), eps
+
+
+class Linear(Parameters):
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Parameters):
+    in_float32 = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Parameters):
+    in_float32 = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -460,24 +494,26 @@ class VisionTower:
         self.pairs = width // self.heads // 4  # of numbers in a head, for the row and for the column each
         self.mean, self.std = processor["image_mean"], processor["image_std"]
         self.blocks = [self.block(width, 4 * width) for _ in range(config["depth"])]
-        self.ends: Layer = {
-            "patch_embed.proj": nn.Conv3d(3, width, (2, PATCH, PATCH), bias=False),
-            "merger.ln_q": nn.LayerNorm(width, 1e-6),
-            "merger.mlp.0": nn.Linear(4 * width, 4 * width),
-            "merger.mlp.2": nn.Linear(4 * width, config["hidden_size"]),
+        self.ends: dict[str, Any] = {
+            "patch_embed.proj": Parameters(width, 3, 2, PATCH, PATCH),
+            "merger.ln_q": LayerNorm(width, bias=True),
+            "merger.mlp.0": Linear(4 * width, 4 * width, bias=True),
+            "merger.mlp.2": Linear(config["hidden_size"], 4 * width, bias=True),
         }
 
-    def block(self, width: int, inner: int) -> Layer:
-        norms = {"norm1": nn.LayerNorm(width, 1e-6), "norm2": nn.LayerNorm(width, 1e-6)}
-        attention = {"attn.qkv": nn.Linear(width, 3 * width), "attn.proj": nn.Linear(width, width)}
-        return norms | attention | {"mlp.fc1": nn.Linear(width, inner), "mlp.fc2": nn.Linear(inner, width)}
+    def block(self, width: int, inner: int) -> dict[str, Any]:
+        norms = {"norm1": LayerNorm(width, bias=True), "norm2": LayerNorm(width, bias=True)}
+        attention = {"attn.qkv": Linear(3 * width, width, bias=True), "attn.proj": Linear(width, width, bias=True)}
+        return (
+            norms | attention | {"mlp.fc1": Linear(inner, width, bias=True), "mlp.fc2": Linear(width, inner, bias=True)}
+        )
 
     def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
         mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
-        weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
+        weight = self.ends["patch_embed.proj"].weight.float().sum(2).flatten(1)  # (width, 588)
         hidden = functional.linear(pixels.flatten(1), weight)  # (P, width)
         angles = torch.cat([self.angles(*grid) for grid in grids]).to(hidden.device)[:, None, None]
         lengths = [rows * columns for rows, columns in grids]
@@ -508,18 +544,21 @@ class Decoder:
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = width // self.heads
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        self.ends: Layer = {"embed_tokens": nn.Embedding(config["vocab_size"], width), "norm": nn.RMSNorm(width, eps)}
-        self.layers: list[Layer] = [
+        self.ends: dict[str, Any] = {
+            "embed_tokens": Parameters(config["vocab_size"], width),
+            "norm": RMSNorm(width, eps=eps),
+        }
+        self.layers: list[dict[str, Any]] = [
             {
-                "input_layernorm": nn.RMSNorm(width, eps),
-                "self_attn.q_proj": nn.Linear(width, width),
-                "self_attn.k_proj": nn.Linear(width, self.groups * self.head_dim),
-                "self_attn.v_proj": nn.Linear(width, self.groups * self.head_dim),
-                "self_attn.o_proj": nn.Linear(width, width, bias=False),
-                "post_attention_layernorm": nn.RMSNorm(width, eps),
-                "mlp.gate_proj": nn.Linear(width, inner, bias=False),
-                "mlp.up_proj": nn.Linear(width, inner, bias=False),
-                "mlp.down_proj": nn.Linear(inner, width, bias=False),
+                "input_layernorm": RMSNorm(width, eps=eps),
+                "self_attn.q_proj": Linear(width, width, bias=True),
+                "self_attn.k_proj": Linear(self.groups * self.head_dim, width, bias=True),
+                "self_attn.v_proj": Linear(self.groups * self.head_dim, width, bias=True),
+                "self_attn.o_proj": Linear(width, width),
+                "post_attention_layernorm": RMSNorm(width, eps=eps),
+                "mlp.gate_proj": Linear(inner, width),
+                "mlp.up_proj": Linear(inner, width),
+                "mlp.down_proj": Linear(width, inner),
             }
             for _ in range(config["num_hidden_layers"])
         ]
@@ -558,7 +597,7 @@ class Decoder:
 
 
 def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
-    """Set torch up for a CPU. Returns what to make of an `nn.Linear`, and what to use for `gated` and `attend`."""
+    """Set torch up for a CPU. Returns what to make of a `Linear`, and what to use for `gated` and `attend`."""
     x86, amx = platform.machine() == "x86_64", torch.cpu.get_capabilities().get("amx_bf16")
     if small:
         torch.set_num_threads(1)  # the products of a small model are too short for two
@@ -568,9 +607,8 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
     class PackedLinear:
         """The weight is laid out for oneDNN once, and not in every call: 1.7 times as fast for a lone short text."""
 
-        def __init__(self, linear: nn.Linear) -> None:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 512)
-            self.bias = None if linear.bias is None else linear.bias.clone()
+        def __init__(self, linear: Linear) -> None:
+            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 512), linear.bias
 
         def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "")
@@ -590,7 +628,8 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
     attention = attend_in_chunks if dtype == torch.bfloat16 else attend
     if x86 and dtype != torch.float16:
         try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-            linear, x = nn.Linear(64, 32, dtype=dtype), torch.randn(3, 64).to(dtype)
+            linear, x = Linear(), torch.randn(3, 64).to(dtype)
+            linear.weight, linear.bias = torch.randn(32, 64).to(dtype), torch.randn(32).to(dtype)
             packed = PackedLinear(linear)
             torch.testing.assert_close(packed(x), linear(x), rtol=0.02, atol=0.02)
             torch.testing.assert_close(packed_gated(x, packed, packed), gated(x, linear, linear), rtol=0.02, atol=0.02)
@@ -607,21 +646,20 @@ class Model:
         names = ("config.json", "preprocessor_config.json")
         config, processor = (json.loads((directory / name).read_bytes()) for name in names)
         try:
-            with torch.device("meta"):
-                self.vision = VisionTower(config["vision_config"], processor)
-                self.decoder = Decoder(config.get("text_config", config))
+            self.vision = VisionTower(config["vision_config"], processor)
+            self.decoder = Decoder(config.get("text_config", config))
         except KeyError as error:
             raise StartError(f"{directory} is no Qwen2-VL checkpoint: its configuration has no {error}.") from None
         self.device, self.dtype = device, dtype
         self.load_weights(directory)
-        self.embedding = self.decoder.ends["embed_tokens"]
-        self.dimension = self.embedding.embedding_dim
+        self.embedding = self.decoder.ends["embed_tokens"].weight  # (vocabulary, D)
+        self.dimension = self.embedding.shape[1]
         self.kept_prefix = functools.lru_cache(16)(self.prefix)
 
     def load_weights(self, directory: Path) -> None:
         """Read the weights from the mapped files one by one, straight into their final dtype and place.
 
-        Linear layers and embeddings have the model's dtype, all else is float32. Raises `StartError` for a missing one.
+        Norms are float32 whatever the model's dtype. Raises `StartError` for a weight that is missing or misshapen.
         """
         make, paths = None, weight_files(directory)
         if self.device.type == "cpu":
@@ -636,19 +674,20 @@ class Model:
         layers = {"visual.": self.vision.ends, "model.": self.decoder.ends}
         layers |= {f"visual.blocks.{number}.": block for number, block in enumerate(self.vision.blocks)}
         layers |= {f"model.layers.{number}.": layer for number, layer in enumerate(self.decoder.layers)}
-        for prefix, path, module in ((prefix, path, layer[path]) for prefix, layer in layers.items() for path in layer):
-            dtype = self.dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
-            packed = make is not None and isinstance(module, nn.Linear)
-            for leaf, parameter in list(module.named_parameters()):
-                name, expected = f"{prefix}{path}.{leaf}", tuple(parameter.shape)
+        for prefix, path in [(prefix, path) for prefix, layer in layers.items() for path in layer]:
+            parameters = layers[prefix][path]
+            packed = make is not None and isinstance(parameters, Linear)
+            for leaf, shape in parameters.shapes.items():
+                name = f"{prefix}{path}.{leaf}"
                 tensor = stored[name]() if name in stored else torch.empty(0)
-                if tensor.shape != expected:
+                if tensor.shape != shape:
                     found = tuple(tensor.shape) if name in stored else "missing"
-                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {expected}.")
-                weight = tensor.to(self.device, dtype, copy=not packed)  # oneDNN's layout is a copy anyway
-                setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {shape}.")
+                copy = not packed or leaf == "bias"  # oneDNN's layout of a weight is a copy anyway
+                dtype = torch.float32 if parameters.in_float32 else self.dtype
+                setattr(parameters, leaf, tensor.to(self.device, dtype, copy=copy))
             if make and packed:
-                layers[prefix][path] = make(module)
+                layers[prefix][path] = make(parameters)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
@@ -674,7 +713,7 @@ class Model:
         shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded on the right
-        hidden = self.embedding(token_ids.to(self.device))  # (B, T, D)
+        hidden = functional.embedding(token_ids.to(self.device), self.embedding)  # (B, T, D)
         if patches := [one.patches for one in inputs if one.patches is not None]:
             images = [(row, one) for row, one in enumerate(inputs) if one.patches is not None]
             pixels = torch.from_numpy(np.concatenate(patches)).to(self.device)
@@ -688,7 +727,7 @@ class Model:
 
     def prefix(self, token_ids: tuple[int, ...]) -> KeyValues:
         """Keys and values (1, groups, tokens, head_dim) of the part with an instruction."""
-        hidden = self.embedding(torch.tensor([token_ids], device=self.device))
+        hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.embedding)
         return self.decoder(hidden, torch.tensor([0], device=self.device), [])[1]
 
     def check(self, texts: Sequence[Input]) -> None:
@@ -1135,7 +1174,7 @@ class Guard:
         if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key.encode())
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
 
 
 async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:

@@ -57,14 +57,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __version__ = "2.0.0"
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it has a line for every broken form
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first tensor: large pages halve a start
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs every broken form
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
 
 
 class StartError(Exception):
     """The service cannot start; the message says what to do."""
 
-    exit_code = 78  # EX_CONFIG of sysexits.h: another start would end in the same way
+    exit_code = 78  # EX_CONFIG of sysexits.h: a restart would fail the same way
 
 
 class HubError(StartError):
@@ -97,8 +98,8 @@ class BusyError(ServiceError):
     status, example = 503, "Too many inputs wait already: try again in a moment."
 
 
-class DeviceError(ServiceError):
-    """The device cannot go on, and the process has to end."""
+class DeviceError(Exception):
+    """The device cannot go on, and the process has to end: no client gets this."""
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
@@ -136,9 +137,7 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
-            faults.append(
-                f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give the whole path of a directory."
-            )
+            faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
         if faults:
             raise StartError("\n".join(faults))
         if "GME_API_KEY" in os.environ and not settings.api_key:
@@ -148,7 +147,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 
-SUMS = "SHA256SUMS"  # of a checkpoint's files, in the format of the command sha256sum
+CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+SUMS = "SHA256SUMS"  # of what a start reads, in the format of the command sha256sum
 
 
 def weight_files(directory: Path) -> set[Path]:
@@ -160,7 +160,7 @@ def weight_files(directory: Path) -> set[Path]:
 def is_complete(directory: Path) -> bool:
     """Whether `directory` holds a whole checkpoint. The header of a weight file shows when the file was cut short."""
     try:
-        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        for name in CONFIGS:
             json.loads((directory / name).read_bytes())
         return all(safe_open(path, framework="np") for path in weight_files(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
@@ -168,11 +168,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def file_sums(directory: Path) -> dict[str, str]:
-    """SHA-256 sums by name of a checkpoint's files."""
-    paths = [
-        path for path in sorted(directory.iterdir()) if path.is_file() and path.name[0] != "." and path.name != SUMS
-    ]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths}
+    """SHA-256 sums by name of the files that a start reads, as far as they are there."""
+    paths = [path for path in (*(directory / name for name in CONFIGS), *weight_files(directory)) if path.exists()]
+    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in sorted(paths)}
 
 
 def download(settings: Settings, directory: Path) -> None:
@@ -183,7 +181,7 @@ def download(settings: Settings, directory: Path) -> None:
         os.environ["HOME"] = str(settings.model_dir)  # where the client keeps settings of its own
     from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
-    log.info("Downloading %s into %s, which grows to the model's size (8.8 GB).", settings.model_id, directory)
+    log.info("Downloading %s into %s, which grows to the model's size (2B: 8.8 GB).", settings.model_id, directory)
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
@@ -217,20 +215,21 @@ def find_checkpoint(settings: Settings) -> Path:
 def verify(settings: Settings) -> str:
     """Compare the checkpoint's files with the sums noted after the download, or with the hub's where there are none.
 
-    Returns a sentence when all agree. Raises `StartError` with one that says which to delete.
+    Returns a sentence when all agree. Raises `StartError` with one that says which to delete, or `HubError`.
     """
     directory, revision = settings.model_dir / settings.model_id, settings.model_revision
     try:
+        actual, names = file_sums(directory), [*CONFIGS, *(path.name for path in weight_files(directory))]
         if (directory / SUMS).exists():
-            noted = [line.split("  ", 1) for line in (directory / SUMS).read_text().splitlines()]
-            actual = file_sums(directory)
-            wrong = [name for digest, name in noted if actual.get(name) != digest]
+            noted = dict(line.split("  ", 1)[::-1] for line in (directory / SUMS).read_text().splitlines())
+            wrong = [name for name in names if name not in actual or noted.get(name) != actual[name]]
         else:
             from modelscope_hub import HubApi
 
             found = HubApi().verify_cache(settings.model_id, "model", revision=revision, local_dir=str(directory))
             wrong = [*(mismatch.path for mismatch in found.mismatches), *found.missing_paths]
-    except Exception as error:  # of the client, as above
+            wrong = [name for name in wrong if name in names]
+    except Exception as error:  # the client raises many kinds
         raise HubError(f"{directory} cannot be compared with what was published: {error}") from None
     if wrong:
         raise StartError(
@@ -243,16 +242,18 @@ def verify(settings: Settings) -> str:
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 # The authors' prompt: the instruction, the place of an image if there is one, the text, and the end.
-INSTRUCTION = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
 # What turns an image upright, by EXIF orientation from 2 on. ImageOps.exif_transpose would fail where the EXIF is odd.
 UPRIGHT = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+JPEG_SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # the start of a scan
 MAX_SCANS = 30  # of a progressive JPEG, each of which passes over the whole image; encoders write about ten
-MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 260 bytes of each value in them
-OPEN_SECONDS, DECODED_PIXELS = 1, 10_000_000  # the processor's time to open a file, and what it has to decode a second
+MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
+MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 32 times as much of them
+OPEN_SECONDS, PIXELS_PER_SECOND = 1, 10_000_000  # CPU time allowed to open a file, and then for its pixels
 CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
@@ -277,7 +278,7 @@ class Input:
     """One input as the model reads it."""
 
     token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # token ids of the prompt up to the text: the same for all with that instruction
+    prefix: tuple[int, ...]  # token ids of the prompt's part with the instruction
     shared: int  # how many of the first token ids are those of `prefix`; less than length
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
@@ -300,10 +301,10 @@ class ImageFile(io.BytesIO):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self.end = time.thread_time() + OPEN_SECONDS
+        self.deadline = time.thread_time() + OPEN_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self.end:
+        if time.thread_time() > self.deadline:
             raise ValueError("The file takes too long to read.")
         return super().read(size)
 
@@ -330,8 +331,8 @@ def upright(image: Image.Image) -> Image.Image:
     rgb.load()  # a PNG may have its EXIF behind the pixels
     if len(image.info.get("exif", b"")) > MAX_EXIF:
         raise ValueError("The EXIF data are too large.")
-    orientation = int(image.getexif().get(ExifTags.Base.Orientation) or 1)
-    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if 2 <= orientation <= 8 else rgb
+    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if orientation in range(2, 9) else rgb
 
 
 def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
@@ -349,10 +350,10 @@ class Preparer:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # No token stands for more characters than the longest has bytes: what lies behind so many would be truncated.
+        # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        self.prefix = functools.lru_cache(16)(lambda text: tuple(self.encode([INSTRUCTION.format(text)])[0]))
+        self.prefix = functools.lru_cache(16)(lambda text: tuple(self.encode([SYSTEM_PART.format(text)])[0]))
         self.turn, self.decoding, self.free_pixels = threading.Lock(), threading.Condition(), max_image_pixels
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
@@ -362,8 +363,8 @@ class Preparer:
         results: list[Input | ServiceError] = []
         for source in sources:
             image = IMAGE_PLACE if source.image is not None else ""
-            prompt = INSTRUCTION.format(source.instruction) + image + source.text + END
-            # A text behind it changes at most the tokens of "user\n": an instruction that fills all is tokenized once.
+            prompt = SYSTEM_PART.format(source.instruction) + image + source.text + END
+            # An instruction that leaves no room is tokenized once: `prepare` takes its prefix in place of nothing.
             filled = len(self.prefix(source.instruction[: self.max_chars])) >= self.max_length + len("user\n")
             prompts.append("" if filled else prompt)
         for source, token_ids in zip(sources, self.encode(prompts), strict=True):
@@ -384,7 +385,9 @@ class Preparer:
             pixels = np.asarray(self.read_image(source.image))
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
             if start + rows * columns > self.max_length:
-                sentence = f"The image has {rows * columns} of the {self.max_length} tokens that the model reads:"
+                sentence = (
+                    f"The image's {rows * columns} tokens and the prompt's {start} are more than {self.max_length}:"
+                )
                 raise InputError(f"{sentence} send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
             token_ids = token_ids[:start] + [token_ids[start]] * (rows * columns) + token_ids[start + 1 :]
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
@@ -399,16 +402,16 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and (data.count(b"\xff\xda\0") > MAX_SCANS or data.count(b"Exif\0\0") > 8):
+            scans = JPEG_SCAN.split(data, MAX_SCANS) if data.startswith(b"\xff\xd8") else []
+            if len(scans) > MAX_SCANS or (scans and scans[0].count(b"Exif\0\0") > 8):
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
-            if (
-                data[4:8] == b"ftyp"
-            ):  # an AVIF, of which Pillow reads all EXIF to open it; how it is turned stands elsewhere
+            if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
                 data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
             with Image.open(file := ImageFile(data), formats=FORMATS) as image:
-                if (pixels := image.width * image.height) > self.max_pixels:
+                pixels = image.width * image.height
+                if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError
-                file.end += pixels / DECODED_PIXELS
+                file.deadline += pixels / PIXELS_PER_SECOND
                 with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
                     self.decoding.wait_for(lambda: self.free_pixels >= pixels)
                     self.free_pixels -= pixels
@@ -418,8 +421,11 @@ class Preparer:
                     with self.decoding:
                         self.free_pixels += pixels
                         self.decoding.notify_all()
+        except MemoryError:
+            raise
         except Image.DecompressionBombError:
-            sentence = f"The image has more than the {self.max_pixels} pixels that are accepted: scale it down first."
+            limits = f"{self.max_pixels} pixels in all and {MAX_SIDE} on a side"
+            sentence = f"The image has more pixels than are accepted ({limits}): scale it down first."
             raise TooLargeError(sentence) from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
@@ -428,10 +434,39 @@ class Preparer:
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
 
-PREFIX_TOKENS = 256  # of an instruction that is kept; 7 MB of bfloat16 keys and values in the 2B model
+MAX_KEPT_PREFIX = 256  # tokens, 7 MB of bfloat16 keys and values in the 2B model; a longer one is computed again
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}  # 1 - cosine, of rounding alone
 KeyValues = list[tuple[Tensor, Tensor]]  # for each layer, (B, groups, T, head_dim) both
-Layer = dict[str, Any]  # modules by their published names within a layer
+
+
+class Parameters:
+    """What the checkpoint has for one published name: their shapes, and once they are loaded, their values."""
+
+    in_float32 = False
+    weight: Any = None
+    bias: Any = None
+
+    def __init__(self, *shape: int, bias: bool = False, eps: float = 1e-6) -> None:
+        self.shapes, self.eps = {"weight": shape} | ({"bias": shape[:1]} if bias else {}), eps
+
+
+class Linear(Parameters):
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Parameters):
+    in_float32 = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Parameters):
+    in_float32 = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -459,24 +494,26 @@ class VisionTower:
         self.pairs = width // self.heads // 4  # of numbers in a head, for the row and for the column each
         self.mean, self.std = processor["image_mean"], processor["image_std"]
         self.blocks = [self.block(width, 4 * width) for _ in range(config["depth"])]
-        self.ends: Layer = {
-            "patch_embed.proj": nn.Conv3d(3, width, (2, PATCH, PATCH), bias=False),
-            "merger.ln_q": nn.LayerNorm(width, 1e-6),
-            "merger.mlp.0": nn.Linear(4 * width, 4 * width),
-            "merger.mlp.2": nn.Linear(4 * width, config["hidden_size"]),
+        self.ends: dict[str, Any] = {
+            "patch_embed.proj": Parameters(width, 3, 2, PATCH, PATCH),
+            "merger.ln_q": LayerNorm(width, bias=True),
+            "merger.mlp.0": Linear(4 * width, 4 * width, bias=True),
+            "merger.mlp.2": Linear(config["hidden_size"], 4 * width, bias=True),
         }
 
-    def block(self, width: int, inner: int) -> Layer:
-        norms = {"norm1": nn.LayerNorm(width, 1e-6), "norm2": nn.LayerNorm(width, 1e-6)}
-        attention = {"attn.qkv": nn.Linear(width, 3 * width), "attn.proj": nn.Linear(width, width)}
-        return norms | attention | {"mlp.fc1": nn.Linear(width, inner), "mlp.fc2": nn.Linear(inner, width)}
+    def block(self, width: int, inner: int) -> dict[str, Any]:
+        norms = {"norm1": LayerNorm(width, bias=True), "norm2": LayerNorm(width, bias=True)}
+        attention = {"attn.qkv": Linear(3 * width, width, bias=True), "attn.proj": Linear(width, width, bias=True)}
+        return (
+            norms | attention | {"mlp.fc1": Linear(inner, width, bias=True), "mlp.fc2": Linear(width, inner, bias=True)}
+        )
 
     def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
         mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
-        weight = self.ends["patch_embed.proj"].weight.sum(2).flatten(1)  # (width, 588)
+        weight = self.ends["patch_embed.proj"].weight.float().sum(2).flatten(1)  # (width, 588)
         hidden = functional.linear(pixels.flatten(1), weight)  # (P, width)
         angles = torch.cat([self.angles(*grid) for grid in grids]).to(hidden.device)[:, None, None]
         lengths = [rows * columns for rows, columns in grids]
@@ -507,18 +544,21 @@ class Decoder:
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = width // self.heads
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        self.ends: Layer = {"embed_tokens": nn.Embedding(config["vocab_size"], width), "norm": nn.RMSNorm(width, eps)}
-        self.layers: list[Layer] = [
+        self.ends: dict[str, Any] = {
+            "embed_tokens": Parameters(config["vocab_size"], width),
+            "norm": RMSNorm(width, eps=eps),
+        }
+        self.layers: list[dict[str, Any]] = [
             {
-                "input_layernorm": nn.RMSNorm(width, eps),
-                "self_attn.q_proj": nn.Linear(width, width),
-                "self_attn.k_proj": nn.Linear(width, self.groups * self.head_dim),
-                "self_attn.v_proj": nn.Linear(width, self.groups * self.head_dim),
-                "self_attn.o_proj": nn.Linear(width, width, bias=False),
-                "post_attention_layernorm": nn.RMSNorm(width, eps),
-                "mlp.gate_proj": nn.Linear(width, inner, bias=False),
-                "mlp.up_proj": nn.Linear(width, inner, bias=False),
-                "mlp.down_proj": nn.Linear(inner, width, bias=False),
+                "input_layernorm": RMSNorm(width, eps=eps),
+                "self_attn.q_proj": Linear(width, width, bias=True),
+                "self_attn.k_proj": Linear(self.groups * self.head_dim, width, bias=True),
+                "self_attn.v_proj": Linear(self.groups * self.head_dim, width, bias=True),
+                "self_attn.o_proj": Linear(width, width),
+                "post_attention_layernorm": RMSNorm(width, eps=eps),
+                "mlp.gate_proj": Linear(inner, width),
+                "mlp.up_proj": Linear(inner, width),
+                "mlp.down_proj": Linear(width, inner),
             }
             for _ in range(config["num_hidden_layers"])
         ]
@@ -557,7 +597,7 @@ class Decoder:
 
 
 def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
-    """Set torch up for a CPU. Returns what to make of an `nn.Linear`, and what to use for `gated` and `attend`."""
+    """Set torch up for a CPU. Returns what to make of a `Linear`, and what to use for `gated` and `attend`."""
     x86, amx = platform.machine() == "x86_64", torch.cpu.get_capabilities().get("amx_bf16")
     if small:
         torch.set_num_threads(1)  # the products of a small model are too short for two
@@ -567,8 +607,8 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
     class PackedLinear:
         """The weight is laid out for oneDNN once, and not in every call: 1.7 times as fast for a lone short text."""
 
-        def __init__(self, linear: nn.Linear) -> None:
-            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 512), linear.bias
+        def __init__(self, linear: Linear) -> None:
+            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 512), linear.bias
 
         def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "")
@@ -588,7 +628,8 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
     attention = attend_in_chunks if dtype == torch.bfloat16 else attend
     if x86 and dtype != torch.float16:
         try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-            linear, x = nn.Linear(64, 32, dtype=dtype), torch.randn(3, 64).to(dtype)
+            linear, x = Linear(), torch.randn(3, 64).to(dtype)
+            linear.weight, linear.bias = torch.randn(32, 64).to(dtype), torch.randn(32).to(dtype)
             packed = PackedLinear(linear)
             torch.testing.assert_close(packed(x), linear(x), rtol=0.02, atol=0.02)
             torch.testing.assert_close(packed_gated(x, packed, packed), gated(x, linear, linear), rtol=0.02, atol=0.02)
@@ -605,21 +646,20 @@ class Model:
         names = ("config.json", "preprocessor_config.json")
         config, processor = (json.loads((directory / name).read_bytes()) for name in names)
         try:
-            with torch.device("meta"):
-                self.vision = VisionTower(config["vision_config"], processor)
-                self.decoder = Decoder(config.get("text_config", config))
+            self.vision = VisionTower(config["vision_config"], processor)
+            self.decoder = Decoder(config.get("text_config", config))
         except KeyError as error:
             raise StartError(f"{directory} is no Qwen2-VL checkpoint: its configuration has no {error}.") from None
         self.device, self.dtype = device, dtype
         self.load_weights(directory)
-        self.embedding = self.decoder.ends["embed_tokens"]
-        self.dimension = self.embedding.embedding_dim
+        self.embedding = self.decoder.ends["embed_tokens"].weight  # (vocabulary, D)
+        self.dimension = self.embedding.shape[1]
         self.kept_prefix = functools.lru_cache(16)(self.prefix)
 
     def load_weights(self, directory: Path) -> None:
         """Read the weights from the mapped files one by one, straight into their final dtype and place.
 
-        Linear layers and embeddings have the model's dtype, all else is float32. Raises `StartError` for a missing one.
+        Norms are float32 whatever the model's dtype. Raises `StartError` for a weight that is missing or misshapen.
         """
         make, paths = None, weight_files(directory)
         if self.device.type == "cpu":
@@ -634,18 +674,20 @@ class Model:
         layers = {"visual.": self.vision.ends, "model.": self.decoder.ends}
         layers |= {f"visual.blocks.{number}.": block for number, block in enumerate(self.vision.blocks)}
         layers |= {f"model.layers.{number}.": layer for number, layer in enumerate(self.decoder.layers)}
-        for prefix, path, module in ((prefix, path, layer[path]) for prefix, layer in layers.items() for path in layer):
-            dtype = self.dtype if isinstance(module, nn.Linear | nn.Embedding) else torch.float32
-            for leaf, parameter in list(module.named_parameters()):
-                name, expected = f"{prefix}{path}.{leaf}", tuple(parameter.shape)
+        for prefix, path in [(prefix, path) for prefix, layer in layers.items() for path in layer]:
+            parameters = layers[prefix][path]
+            packed = make is not None and isinstance(parameters, Linear)
+            for leaf, shape in parameters.shapes.items():
+                name = f"{prefix}{path}.{leaf}"
                 tensor = stored[name]() if name in stored else torch.empty(0)
-                if tensor.shape != expected:
+                if tensor.shape != shape:
                     found = tuple(tensor.shape) if name in stored else "missing"
-                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {expected}.")
-                weight = tensor.to(self.device, dtype, copy=True)
-                setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-            if make and isinstance(module, nn.Linear):
-                layers[prefix][path] = make(module)
+                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {shape}.")
+                copy = not packed or leaf == "bias"  # oneDNN's layout of a weight is a copy anyway
+                dtype = torch.float32 if parameters.in_float32 else self.dtype
+                setattr(parameters, leaf, tensor.to(self.device, dtype, copy=copy))
+            if make and packed:
+                layers[prefix][path] = make(parameters)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
@@ -671,31 +713,32 @@ class Model:
         shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded on the right
-        hidden = self.embedding(token_ids.to(self.device))  # (B, T, D)
+        hidden = functional.embedding(token_ids.to(self.device), self.embedding)  # (B, T, D)
         if patches := [one.patches for one in inputs if one.patches is not None]:
             images = [(row, one) for row, one in enumerate(inputs) if one.patches is not None]
             pixels = torch.from_numpy(np.concatenate(patches)).to(self.device)
             tokens = self.vision(pixels, [one.grid for _, one in images], self.dtype)
             for (row, one), image in zip(images, tokens.split([len(x) // 4 for x in patches]), strict=True):
                 hidden[row, one.image_start - shared :][: len(image)] = image
-        past = (self.kept_prefix if len(prefix) <= PREFIX_TOKENS else self.prefix)(prefix) if shared else []
-        past = [(key[:, :, :shared], value[:, :, :shared]) for key, value in past]
+        key_values = self.kept_prefix if len(prefix) <= MAX_KEPT_PREFIX else self.prefix
+        past = [(key[:, :, :shared], value[:, :, :shared]) for key, value in key_values(prefix)] if shared else []
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         return functional.normalize(self.decoder(hidden, last, past)[0], dim=-1)
 
     def prefix(self, token_ids: tuple[int, ...]) -> KeyValues:
         """Keys and values (1, groups, tokens, head_dim) of the part with an instruction."""
-        hidden = self.embedding(torch.tensor([token_ids], device=self.device))
+        hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.embedding)
         return self.decoder(hidden, torch.tensor([0], device=self.device), [])[1]
 
     def check(self, texts: Sequence[Input]) -> None:
-        """Embed texts and a small image in one batch, alone, and without the prefix cache: a probe and the warm-up.
+        """Embed texts, the first with a small image, in one batch, alone, and without the prefix cache: a probe.
 
         `texts` share their instruction and have at least 8 tokens behind it. Raises `StartError` when the ways disagree
         by more than the dtype rounds: a library that changed must not mean wrong embeddings.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
-        inputs = [*texts, replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise)]
+        image = replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise)
+        inputs = [image, *texts[1:]]
         together = self.embed(inputs)
         for way, ones in (("alone", inputs), ("without the prefix cache", [replace(one, shared=0) for one in inputs])):
             distance = 1 - (together * np.concatenate([self.embed([one]) for one in ones])).sum(1).min()
@@ -754,7 +797,7 @@ class Waiting:
     name: str  # in an error
     future: asyncio.Future[np.ndarray]
     arrived: float
-    order: tuple[int, int] = (0, 0)  # (where the queue was when the request came + rank in it, number of the request)
+    order: tuple[int, int] = (0, 0)  # (clock at arrival + rank in its request, number of the request)
     input: Any = None  # once it is prepared
 
 
@@ -791,12 +834,12 @@ class Batcher:
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
         self.unprepared: list[tuple[tuple[int, int], Waiting]] = []  # a heap, by order
         self.preparing: list[tuple[int, int]] = []  # the lowest order of each chunk under way
-        self.ready: dict[bytes, list[Waiting]] = {}  # by key of their input: equal ones are computed once
+        self.ready: dict[bytes, list[Waiting]] = {}  # by key of their input, in order: equal ones are computed once
         self.computing: dict[bytes, list[Waiting]] = {}  # the batch under way
         self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.open: set[asyncio.Future[np.ndarray]] = set()  # without an answer
-        self.clock = self.requests = 0  # where the queue has got to; how many requests have come
-        self.changed, self.alive = asyncio.Event(), True
+        self.clock = self.requests = 0  # how far the queue has got, in inputs; requests so far
+        self.changed, self.choosing, self.alive = asyncio.Event(), asyncio.Lock(), True
 
     @property
     def depth(self) -> int:
@@ -808,7 +851,9 @@ class Batcher:
 
         Raises the `ServiceError` of an input that has one, and `BusyError` when the queue is full.
         """
-        if not self.alive or self.depth + len(sources) > self.max_queue:
+        if not self.alive:
+            raise BusyError("The service is ending: try again in a moment.")
+        if self.depth + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
         self.requests += 1
         loop, now = asyncio.get_running_loop(), time.perf_counter()
@@ -823,17 +868,20 @@ class Batcher:
         self.notify()
         try:
             embeddings = await asyncio.gather(*(one.future for one in request))
-        finally:
+        except BaseException:
             for one in request:
                 one.future.cancel()
+            self.unprepared = [place for place in self.unprepared if not place[1].future.done()]
+            heapq.heapify(self.unprepared)
             self.notify()
+            raise
         return Answer(np.array(embeddings), sum(len(one.input.token_ids) for one in request))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests for as long as this context lasts."""
-        threads, device = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
-        loops = [self.prepare_ahead(threads) for _ in range(PREPARE_THREADS)] + [self.compute_batches(device)]
+        threads, model_thread = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
+        loops = [self.prepare_ahead(threads) for _ in range(PREPARE_THREADS)] + [self.compute_batches(model_thread)]
         tasks = [asyncio.create_task(loop) for loop in loops]
         for task in tasks:
             task.add_done_callback(self.end)
@@ -865,31 +913,36 @@ class Batcher:
             return [(result, result.key() if isinstance(result, Input) else b"") for result in results]
 
         while True:
-            while not (chunk := self.next_chunk()):
-                await self.changed.wait()
+            async with self.choosing:
+                while not (chunk := self.next_chunk()):
+                    await self.changed.wait()
             self.preparing.append(chunk[0].order)
             sources = [one.source for one in chunk]
             results = await asyncio.get_running_loop().run_in_executor(threads, prepare, sources)
             self.preparing.remove(chunk[0].order)
             for one, (result, key) in zip(chunk, results, strict=True):
                 one.input = result
-                if isinstance(result, ServiceError) or key in self.cache:
-                    self.finish([one], self.cache.get(key, result))
-                elif key in self.computing:
-                    self.computing[key].append(one)
-                else:
-                    self.ready.setdefault(key, []).append(one)
-                if key in self.cache:
+                if isinstance(result, ServiceError):
+                    self.finish([one], result)
+                elif key in self.cache:
                     CACHE_HITS.inc()
                     self.cache.move_to_end(key)
+                    self.finish([one], self.cache[key])
+                elif key in self.computing:
+                    self.computing[key].append(one)
+                elif key in self.ready:
+                    self.ready[key].append(one)
+                    self.ready[key].sort(key=lambda one: one.order)
+                else:
+                    self.ready[key] = [one]
             self.notify()
 
     def next_chunk(self) -> list[Waiting]:
-        """What to prepare next: in order, but not while a few batches are ready that go before it."""
+        """The next to prepare, in order; none while AHEAD_BATCHES batches that go before them are ready."""
         if not self.unprepared:
             return []
-        wanted = [group for group in self.ready.values() if not all(one.future.done() for one in group)]
-        ready = sorted(((order(group), group[0].input.cost) for group in wanted), reverse=True)
+        groups = (group for group in self.ready.values() if not all(one.future.done() for one in group))
+        ready = sorted(((group[0].order, group[0].input.cost) for group in groups), reverse=True)
         chunk: list[Waiting] = []
         weight = tokens_before = 0
         while self.unprepared:
@@ -904,7 +957,7 @@ class Batcher:
             heapq.heappop(self.unprepared)
         return chunk
 
-    async def compute_batches(self, device: ThreadPoolExecutor) -> None:
+    async def compute_batches(self, model_thread: ThreadPoolExecutor) -> None:
         """Compute batch after batch."""
         while True:
             while not (batch := self.next_batch()):
@@ -913,7 +966,7 @@ class Batcher:
             self.notify()  # there is room to prepare more
             inputs = [group[0].input for group in batch.values()]
             with MODEL_SECONDS.time():
-                results = await asyncio.get_running_loop().run_in_executor(device, isolate, self.compute, inputs)
+                results = await asyncio.get_running_loop().run_in_executor(model_thread, isolate, self.compute, inputs)
             for (key, group), result in zip(batch.items(), results, strict=True):
                 if not isinstance(result, ServiceError) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
@@ -928,8 +981,8 @@ class Batcher:
     def next_batch(self) -> dict[bytes, list[Waiting]]:
         """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
 
-        Of those that follow in order and share its instruction, as many as fit into the batch's tokens are considered,
-        and so many of them are taken that at most 20 % of the batch is padding.
+        Candidates follow in order, share its instruction and fit into the batch's tokens. Taken are the most of them,
+        nearest first, of whose batch at most a fifth is padding.
         """
         for key, group in list(self.ready.items()):
             group[:] = [one for one in group if not one.future.done()]
@@ -937,7 +990,7 @@ class Batcher:
                 del self.ready[key]
         if not self.ready:
             return {}
-        in_order = sorted(self.ready, key=lambda key: order(self.ready[key]))
+        in_order = sorted(self.ready, key=lambda key: self.ready[key][0].order)
         inputs = {key: self.ready[key][0].input for key in in_order}
         first, fitting, num_tokens = inputs[in_order[0]], list[bytes](), 0
         for key in in_order:
@@ -954,8 +1007,8 @@ class Batcher:
             num_padded = count * longest
             if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
                 size, padding = count, 1 - num_tokens / num_padded
-        # A new request starts where the first that waits is, and at least one further than at the last batch.
-        waiting = [order(self.ready[in_order[0]]), *self.preparing, *(order for order, _ in self.unprepared[:1])]
+        # New requests are numbered from the lowest order that is not computed, which rises with every batch.
+        waiting = [self.ready[in_order[0]][0].order, *self.preparing, *(order for order, _ in self.unprepared[:1])]
         self.clock = max(self.clock + 1, min(waiting)[0])
         batch = {key: self.ready.pop(key) for key in fitting[:size]}
         BATCH_INPUTS.observe(size)
@@ -973,10 +1026,6 @@ class Batcher:
                 one.future.set_result(result)
 
 
-def order(group: Sequence[Waiting]) -> tuple[int, int]:
-    return min(one.order for one in group)
-
-
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 #
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
@@ -989,8 +1038,8 @@ TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below /docs/static
-MAX_OPEN_BODIES = 32  # of the largest size that may be in memory at a time
-LINGER_BODIES, LINGER_SECONDS = 8, 60  # how much of a refused body is still read: times the largest size, and how long
+MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
+LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
 FORM = "body: send a multipart form with one or more files in the field `file` (with curl: -F file=@photo.jpg)."
 DATA_URI = re.compile(r"data:(\w+)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # clients send them, and they hold anyway
@@ -1040,7 +1089,7 @@ def route_path(request: Request) -> str:
 
 
 def error_response(request: Request, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as our clients read it, and on OpenAI's routes as theirs do. There, Jina's clients read our `detail`."""
+    """`detail` for our clients and those made for Jina's service; on OpenAI's routes also `error`, for theirs."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, headers)
     body: dict[str, Any] = {"detail": sentence}
     if route_path(request).startswith("/v1/"):
@@ -1061,7 +1110,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the API key, the size of bodies, and refusals that arrive.
+    """ASGI middleware in front of all routes: the API key, the size of bodies, and refusals that clients get to see.
 
     A client that is still sending when its connection ends may not see the answer. So an answer that comes early is
     sent but for its end, which waits until the rest of the body has been read and dropped, up to a bound.
@@ -1092,17 +1141,17 @@ class Guard:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_to_the_end(message: Message) -> None:
+        async def send_and_drain(message: Message) -> None:
             if coming and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             elif coming and not message.get("more_body"):
                 await send({**message, "more_body": True})
                 message = {"type": "http.response.body"}
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(drop_the_rest(), LINGER_SECONDS)
+                    await asyncio.wait_for(drain(), LINGER_SECONDS)
             await send(message)
 
-        async def drop_the_rest() -> None:
+        async def drain() -> None:
             dropped, more = 0, True
             while more and dropped < LINGER_BODIES * self.max_body:
                 message = await receive()
@@ -1116,7 +1165,7 @@ class Guard:
         elif int(length) > self.max_body:
             app = error_response(request, 413, self.too_large)
         try:
-            await app(scope, receive_counted, send_to_the_end)
+            await app(scope, receive_counted, send_and_drain)
         finally:
             self.open_bytes -= held
 
@@ -1125,15 +1174,15 @@ class Guard:
         if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
             return True
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode(), self.key.encode())
+        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
 
 
 async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
     # A parser takes seconds for 32 MB of small values: what lies outside the strings is bounded first.
-    strings, bound = body.replace(rb"\\", b"").replace(rb"\"", b""), 64 * max_inputs + 100_000
-    if strings.count(b'"') > bound or sum(map(len, strings.split(b'"')[::2])) > bound:
+    unescaped, bound = body.replace(rb"\\", b"").replace(rb"\"", b""), 64 * max_inputs + 100_000
+    if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
         values = orjson.loads(body)
@@ -1166,8 +1215,9 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
         whole = True
 
     def on_file(file: Any) -> None:
-        if file.field_name != b"file" or len(files) > max_files:
+        if file.field_name != b"file":
             raise MalformedError(FORM)
+        check_count(range(len(files) + 1), max_files)
         file.file_object.seek(0)
         files.append(((file.file_name or b"").decode(errors="replace"), file.file_object.read()))
 
@@ -1193,8 +1243,8 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
         item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
-    strings = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
-    if not strings or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
+    valid = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
+    if not valid or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
         raise InputError(f"{name}{either}, and no token ids (in LangChain: check_embedding_ctx_length=False).")
     text, image = item.get("text") or "", item.get("image")
@@ -1207,12 +1257,13 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
         encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
         data = base64.b64decode(encoded, validate=True)
     except ValueError:
-        sentence = "send an image as base64 or as its data URI (an URL is never fetched)."
+        sentence = "send an image as base64 or as its data URI (a URL is never fetched)."
         raise InputError(name + sentence) from None
     return Source(text, data, instruction)
 
 
 def check_count(inputs: Sequence[object], most: int) -> None:
+    """Raises `InputError` or `TooLargeError`."""
     if not inputs:
         raise InputError("The request has no input: send at least one.")
     if len(inputs) > most:
@@ -1238,7 +1289,7 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
-    """The routes over a batcher. `model` is asked for its names only."""
+    """The routes over a batcher. Of `model` they read device, dtype and dimension."""
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
     INFO.labels(**state).set(1)
@@ -1274,8 +1325,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
-        files, fields = await read_form(request, settings.max_inputs)
-        check_count(files, most)
+        files, fields = await read_form(request, most)
         text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
         named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
         sources = [Source(text, content, instruction, name) for name, content in named]
@@ -1328,7 +1378,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = ("A red circle on a white ground, and nothing else to be seen.", "a photograph of a harbour, with boats")
+PROBES = ("A red circle on a white background, and nothing else to be seen.", "a photograph of a harbour, with boats")
 
 
 def build() -> FastAPI:
@@ -1347,7 +1397,7 @@ def build() -> FastAPI:
 
     def end_process() -> None:
         died.set()
-        asyncio.get_running_loop().call_later(10, os._exit, 1)  # s, for the answers under way
+        asyncio.get_running_loop().call_later(10, os._exit, 1)  # after 10 s for the answers under way
         os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
 
     batcher.on_death, died = end_process, threading.Event()
@@ -1368,6 +1418,7 @@ def main(arguments: list[str]) -> None:
     elif arguments == ["--verify"]:
         print(verify(Settings.load()))
     else:
+        Settings.load()  # here, as a worker of uvicorn cannot pass on its exit code
         if "--help" in arguments:
             print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
             print("The settings are environment variables GME_*: see README.md.\n", flush=True)

@@ -205,14 +205,6 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(hub: Hub, environment: d
     assert re.search(r"\rDownloading: 100%\|", shown)
 
 
-def test_a_log_gets_a_line_for_every_half_gigabyte(caplog: pytest.LogCaptureFixture) -> None:
-    progress = gme.DownloadLog("model-00001-of-00002.safetensors", 1_000_000_000)
-    with caplog.at_level("INFO"):
-        for _ in range(1000):
-            progress.update(1_000_000)
-    assert [re.findall(r"\d\.\d", line) for line in caplog.messages] == [["0.5", "1.0"], ["1.0", "1.0"]]
-
-
 def zero(path: Path) -> None:
     """Write 300 kB of zeros into a file, which stays as long as it was."""
     with path.open("r+b") as file:

@@ -49,6 +49,7 @@ def test_captions_and_drawings_find_one_another(client: httpx.Client, ground: st
     files = [("file", draw(*pair, chance.choice(GROUNDS[ground]), chance)) for pair in PAIRS]
     drawings = np.array(client.post("/embed/image", files=files).json()["embeddings"])
     for captions in (ENGLISH, CHINESE):
+        plain = embed(client, captions)
         asked = embed(client, captions, "Find an image that matches the given text.")
         for queries, documents in ((plain, drawings), (asked, drawings), (drawings, plain)):
             assert recall(queries, documents) >= 0.9

@@ -167,7 +167,7 @@ def test_a_device_that_is_lost_ends_the_process(faulty: Faulty) -> None:
         if not isinstance(answer.exception(), httpx.TransportError):  # of one that came too late
             assert answer.result().status_code == 503
             assert int(answer.result().headers["Retry-After"]) > 0
-    assert answers[0].exception() is None or answers[1].exception() is None
+    assert any(answer.exception() is None for answer in answers)
     assert faulty.server.process.wait(PATIENCE) not in (0, None)
     assert "illegal memory access" in faulty.server.log.read_text()
 

@@ -29,7 +29,7 @@ EVERY = {
     "cache_mb": 0,
     "api_key": "秘密 key",
 }
-VALUES = [("DTYPE", "int8"), ("MAX_QUEUE", "none"), ("MODEL_DIR", "~nosuchuser/models"), ("MAX_IMAGE_PIXELS", "1e400")]
+VALUES = [("DTYPE", "int8"), ("MAX_QUEUE", "none"), ("MAX_IMAGE_PIXELS", "1e400"), ("MAX_IMAGE_TOKENS", "255")]
 VALUES += [("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769")]
 VALUES += [(f"MAX_{name}", "0") for name in ("BATCH_TOKENS", "INPUTS", "BODY_MB", "IMAGE_PIXELS", "QUEUE")]
 VALUES += [(name, text) for name in ("MAX_BODY_MB", "CACHE_MB") for text in ("-1", "inf", "nan")]
@@ -69,6 +69,12 @@ def test_a_value_that_cannot_be_used_is_named(environment: pytest.MonkeyPatch, n
     (sentence,) = refusal()
     assert f"GME_{name}" in sentence
     assert text in sentence
+
+
+def test_a_directory_of_a_user_who_is_none_is_refused(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("GME_MODEL_DIR", "~nosuchuser/models")
+    (sentence,) = refusal()
+    assert "GME_MODEL_DIR" in sentence
 
 
 @pytest.mark.parametrize(

@@ -176,13 +176,13 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(start: Callable[..., Ser
     server = start()
     deadline = time.monotonic() + PATIENCE
     with server.client() as client, ThreadPoolExecutor(4) as clients:
-        requests = [[f"{number} {text} " + "word " * 60 for text in range(100)] for number in range(4)]
+        requests = [[f"{number} {text} " + "word " * 60 for text in range(40)] for number in range(4)]
         answers = [clients.submit(client.post, "/embed/text", json={"texts": texts}) for texts in requests]
-        while client.get("/health").json()["queue_depth"] <= 300:  # until all four have come
+        while client.get("/health").json()["queue_depth"] <= 120:  # until all four have come
             assert time.monotonic() < deadline
         server.process.send_signal(signal.SIGTERM)
         for answer in answers:
-            assert len(answer.result(PATIENCE).json()["embeddings"]) == 100
+            assert len(answer.result(PATIENCE).json()["embeddings"]) == 40
     assert server.process.wait(PATIENCE) == 0
 
 

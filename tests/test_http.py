@@ -546,13 +546,13 @@ def test_who_asks_before_sending_is_told_to_go_on_or_why_not(direct: Address) ->
                 assert answers.readline().split()[1] == b"200"
 
 
-def test_a_body_behind_javas_offer_of_http_2_is_read(client: httpx.Client) -> None:
+def test_a_body_behind_javas_offer_of_http_2_is_read(direct: Address, holder: httpx.Client) -> None:
     offer = {
         "Connection": "Upgrade, HTTP2-Settings",
         "Upgrade": "h2c",
         "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
     }
-    assert vectors(client.post(TEXT, json={"texts": ["a"]}, headers=offer)).shape == (1, 128)
+    assert vectors(holder.post(TEXT, json={"texts": ["a"]}, headers=offer)).shape == (1, 128)
 
 
 # ------------------------------------------------------------------------------------------------------------- key

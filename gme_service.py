@@ -1378,7 +1378,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = ("A red circle on a white background, and nothing else to be seen.", "a photograph of a harbour, with boats")
+PROBES = ("A red circle on white.", "harbour")  # short, as they are computed five times at each start
 
 
 def build() -> FastAPI:

@@ -1046,9 +1046,8 @@ HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # 
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
 INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
 PROMPT = "The instruction: give one with queries, none with documents."
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
-)
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # of a pixel
+EXAMPLE = ["a red circle", {"image": f"data:image/png;base64,{PNG}"}]
 OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
 B = TypeVar("B", bound=BaseModel)
 
@@ -1064,8 +1063,8 @@ class ImageForm(BaseModel):
     prompt: str = Field("", description=PROMPT, examples=[""])
 
 
-class OpenAIRequest(BaseModel):
-    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[["a red circle", {"image": PIXEL}]])
+class OpenAIRequest(BaseModel, json_schema_extra={"examples": [{"input": EXAMPLE}]}):
+    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[EXAMPLE])
     model: str | None = Field(None, description="Any name: there is one model.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Only the model's own.")
@@ -1310,6 +1309,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     key = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
     ours = APIRouter(tags=["Embeddings"], dependencies=key, responses=errors)
     openai = APIRouter(prefix="/v1", tags=["OpenAI's API"], dependencies=key, responses=errors)
+    state_routes = APIRouter(tags=["State"])
     vector, most = [0.0134, -0.0127, 0.0451], min(settings.max_inputs, settings.max_queue)
     vectors, vector_list = {"embeddings": [vector]}, {"object": "list", "data": [{"index": 0, "embedding": vector}]}
 
@@ -1357,7 +1357,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         more = {"dimension": model.dimension, "max_length": settings.max_length}
         return json_response({"object": "list", "data": [entry | more]})
 
-    @app.get("/health", tags=["State"])
+    @state_routes.get("/health")
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         status = "ok" if batcher.alive else "the batcher has ended"
@@ -1368,8 +1368,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def root() -> Response:
         return RedirectResponse("docs")
 
-    app.include_router(ours)
-    app.include_router(openai)
+    for router in (ours, openai, state_routes):
+        app.include_router(router)
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets

@@ -1,9 +1,8 @@
 """GME Service: multimodal embeddings of text and images over HTTP, from one module.
 
-What flows through it: text, image bytes and an instruction, as a client sent them (`Source`); token ids and pixel
-patches, as the model reads them (`Input`); and the embedding that goes back, an L2-normalised float32 vector. The
-embeddings are those of the model's authors: where a rule is theirs, the docstring says so. What is protected against,
-and what is left to others, stands at the top of room 6.
+What flows through it: `Source`, what a client sent (text, image bytes, an instruction); `Input`, what the model reads
+(token ids, pixel patches); and an embedding, the L2-normalised float32 vector of the model's authors. Where a rule is
+theirs, the docstring says so. What is protected against, and what is left to others, stands at the top of room 6.
 """
 
 import asyncio
@@ -14,6 +13,7 @@ import functools
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import logging
 import math
@@ -29,10 +29,11 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPMethod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import orjson
@@ -47,9 +48,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
-from python_multipart.multipart import FormParser, parse_options_header
+from python_multipart import multipart
 from safetensors import SafetensorError, safe_open
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -167,74 +167,63 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def file_sums(directory: Path) -> dict[str, str]:
-    """SHA-256 sums by name of the files that a start reads, as far as they are there."""
-    paths = [path for path in (*(directory / name for name in CONFIGS), *weight_files(directory)) if path.exists()]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in sorted(paths)}
+def file_sum(path: Path) -> str:
+    return hashlib.file_digest(path.open("rb"), "sha256").hexdigest() if path.exists() else "missing"
 
 
-def download(settings: Settings, directory: Path) -> None:
-    """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums."""
-    os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; the caller holds a lock
+def download(settings: Settings, directory: Path, compare: bool = False) -> None:
+    """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums.
+
+    With `compare`, also what is there and differs from the hub's. Raises `HubError`.
+    """
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
     if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111  # Path.home() raises where there is none
         os.environ["HOME"] = str(settings.model_dir)  # where the client keeps settings of its own
-    from modelscope import snapshot_download  # takes 1.3 s, and is needed once
-
-    log.info("Downloading %s into %s, which grows to the model's size (2B: 8.8 GB).", settings.model_id, directory)
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
-    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in file_sums(directory).items()))
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
+            if is_complete(directory) and not compare:
+                return
+            from modelscope import snapshot_download  # takes 1.3 s, and is needed once
+
+            log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
+            snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
+            if not is_complete(directory):
+                raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
+            paths = sorted([*(directory / name for name in CONFIGS), *weight_files(directory)])
+            (directory / SUMS).write_text("".join(f"{file_sum(path)}  {path.name}\n" for path in paths))
+    except Exception as error:  # the client raises many kinds; the second of its many lines names the file that failed
+        reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
+        hub = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
+        raise HubError(
+            f"Downloading {settings.model_id} from {hub} into {directory} failed ({reason}). Start again to go on where"
+            " the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a directory that has"
+            f" them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
+        ) from None
 
 
 def find_checkpoint(settings: Settings) -> Path:
     """The directory of the checkpoint, downloaded first when it is not complete. Raises `HubError`."""
     directory = settings.model_dir / settings.model_id
-    reason = "what the hub sent is not a complete Qwen2-VL checkpoint"
-    try:
-        if not is_complete(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(
-                directory.parent / f".{directory.name}.lock"
-            ):  # one download per machine, however many workers
-                if not is_complete(directory):
-                    download(settings, directory)
-        if is_complete(directory):
-            return directory
-    except Exception as error:  # the client raises many kinds; the second of its many lines names the file that failed
-        reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
-    hub = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
-    raise HubError(
-        f"{directory} holds no complete checkpoint, and downloading {settings.model_id} from {hub} failed ({reason})."
-        " Start again to go on where the download ended, or put the model's files there by hand, or set GME_MODEL_DIR"
-        f" to a directory that has them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
-    )
+    if not is_complete(directory):
+        download(settings, directory)
+    return directory
 
 
 def verify(settings: Settings) -> str:
-    """Compare the checkpoint's files with the sums noted after the download, or with the hub's where there are none.
+    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
 
     Returns a sentence when all agree. Raises `StartError` with one that says which to delete, or `HubError`.
     """
-    directory, revision = settings.model_dir / settings.model_id, settings.model_revision
-    try:
-        actual, names = file_sums(directory), [*CONFIGS, *(path.name for path in weight_files(directory))]
-        if (directory / SUMS).exists():
-            noted = dict(line.split("  ", 1)[::-1] for line in (directory / SUMS).read_text().splitlines())
-            wrong = [name for name in names if name not in actual or noted.get(name) != actual[name]]
-        else:
-            from modelscope_hub import HubApi
-
-            found = HubApi().verify_cache(settings.model_id, "model", revision=revision, local_dir=str(directory))
-            wrong = [*(mismatch.path for mismatch in found.mismatches), *found.missing_paths]
-            wrong = [name for name in wrong if name in names]
-    except Exception as error:  # the client raises many kinds
-        raise HubError(f"{directory} cannot be compared with what was published: {error}") from None
-    if wrong:
-        raise StartError(
-            f"Not as published: {', '.join(wrong)}. Delete them in {directory}: a start downloads them again."
-        )
+    directory = settings.model_dir / settings.model_id
+    if not (directory / SUMS).exists():
+        download(settings, directory, compare=True)
+    noted = (line.split("  ", 1) for line in (directory / SUMS).read_text().splitlines())
+    if wrong := [name for digest, name in noted if digest != file_sum(directory / name)]:
+        raise StartError(f"Changed since they came: {', '.join(wrong)}. Delete them in {directory}, and start again.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
@@ -273,7 +262,7 @@ class Source:
         return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Input:
     """One input as the model reads it."""
 
@@ -284,16 +273,17 @@ class Input:
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
 
+    key: bytes = field(init=False, repr=False)  # a digest of all that the embedding depends on
+
+    def __post_init__(self) -> None:
+        digest = hashlib.blake2b(repr((self.image_start, self.grid)).encode() + self.token_ids.tobytes())
+        digest.update(b"" if self.patches is None else self.patches.data)
+        self.key = digest.digest()
+
     @property
     def cost(self) -> int:
         """Tokens that the model computes for it."""
         return len(self.token_ids) - self.shared
-
-    def key(self) -> bytes:
-        """A digest of all that the embedding depends on."""
-        digest = hashlib.blake2b(repr((self.image_start, self.grid)).encode() + self.token_ids.tobytes())
-        digest.update(b"" if self.patches is None else self.patches.data)
-        return digest.digest()
 
 
 class ImageFile(io.BytesIO):
@@ -359,14 +349,10 @@ class Preparer:
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
         """For each source its `Input`, or the error that says why there is none."""
-        prompts: list[str] = []
+        images = ["" if source.image is None else IMAGE_PLACE for source in sources]
+        pairs = zip(sources, images, strict=True)
+        prompts = [SYSTEM_PART.format(source.instruction) + image + source.text + END for source, image in pairs]
         results: list[Input | ServiceError] = []
-        for source in sources:
-            image = IMAGE_PLACE if source.image is not None else ""
-            prompt = SYSTEM_PART.format(source.instruction) + image + source.text + END
-            # An instruction that leaves no room is tokenized once: `prepare` takes its prefix in place of nothing.
-            filled = len(self.prefix(source.instruction[: self.max_chars])) >= self.max_length + len("user\n")
-            prompts.append("" if filled else prompt)
         for source, token_ids in zip(sources, self.encode(prompts), strict=True):
             try:
                 results.append(self.prepare(source, token_ids))
@@ -380,15 +366,13 @@ class Preparer:
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
         prefix = self.prefix(source.instruction[: self.max_chars])
-        token_ids, image = token_ids or list(prefix), dict[str, Any]()
+        image = dict[str, Any]()
         if source.image is not None:
             pixels = np.asarray(self.read_image(source.image))
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
             if start + rows * columns > self.max_length:
-                sentence = (
-                    f"The image's {rows * columns} tokens and the prompt's {start} are more than {self.max_length}:"
-                )
-                raise InputError(f"{sentence} send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
+                sentence = f"The image's {rows * columns} tokens and the {start} before it are over {self.max_length}"
+                raise InputError(f"{sentence}: send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
             token_ids = token_ids[:start] + [token_ids[start]] * (rows * columns) + token_ids[start + 1 :]
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
             patches = np.ascontiguousarray(blocks).reshape(-1, 3 * PATCH**2)
@@ -437,36 +421,50 @@ class Preparer:
 MAX_KEPT_PREFIX = 256  # tokens, 7 MB of bfloat16 keys and values in the 2B model; a longer one is computed again
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}  # 1 - cosine, of rounding alone
 KeyValues = list[tuple[Tensor, Tensor]]  # for each layer, (B, groups, T, head_dim) both
+Function = Callable[..., Tensor]
 
 
-class Parameters:
-    """What the checkpoint has for one published name: their shapes, and once they are loaded, their values."""
+class Linear:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
-    in_float32 = False
-    weight: Any = None
-    bias: Any = None
-
-    def __init__(self, *shape: int, bias: bool = False, eps: float = 1e-6) -> None:
-        self.shapes, self.eps = {"weight": shape} | ({"bias": shape[:1]} if bias else {}), eps
-
-
-class Linear(Parameters):
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
-
-class LayerNorm(Parameters):
-    in_float32 = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+    def gated(self, x: Tensor, gate: Any) -> Tensor:
+        return functional.silu(gate(x)) * self(x)
 
 
-class RMSNorm(Parameters):
-    in_float32 = True
+class Weights:
+    """A checkpoint's weights by their published names, each read straight into its final dtype and place."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype, linear: type[Linear]) -> None:
+        self.directory, self.device, self.dtype, self.linear_type = directory, device, dtype, linear
+        self.stored: dict[str, Function] = {}
+        for file in [safe_open(path, framework="pt") for path in weight_files(directory)]:
+            for name in file.keys():  # noqa: SIM118  # a file is no mapping
+                # a current transformers saves other names than the published ones
+                published = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                self.stored[published] = functools.partial(file.get_tensor, name)
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None, copy: bool = True) -> Tensor:
+        """Raises `StartError` for a weight that is missing or misshapen."""
+        found = self.stored[name]() if name in self.stored else None
+        if found is None or found.shape != shape:
+            fault = "is missing" if found is None else f"is {tuple(found.shape)}"
+            raise StartError(f"{self.directory}: the weight {name} {fault}, and has to be {shape}.")
+        return found.to(self.device, dtype or self.dtype, copy=copy)
+
+    def linear(self, name: str, rows: int, columns: int, bias: bool = False) -> Linear:
+        copy = self.linear_type is Linear  # another type lays the weight out anew, which is a copy anyway
+        weight = self(f"{name}.weight", rows, columns, copy=copy)
+        return self.linear_type(weight, self(f"{name}.bias", rows) if bias else None)
+
+    def norm(self, name: str, width: int, function: Function, eps: float) -> Function:
+        """Layer norm or RMS norm, the latter without a bias: in float32, whatever the dtype of the model."""
+        leaves = ("weight", "bias") if function is functional.layer_norm else ("weight",)
+        loaded = {leaf: self(f"{name}.{leaf}", width, dtype=torch.float32) for leaf in leaves}
+        return functools.partial(function, normalized_shape=(width,), eps=eps, **loaded)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -480,52 +478,50 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(query[None], key[None], value[None])[0]
 
 
-def gated(x: Tensor, gate: Any, up: Any) -> Tensor:
-    return functional.silu(gate(x)) * up(x)
-
-
 class VisionTower:
     """Qwen2-VL's vision transformer: the patches of images to the embeddings of their tokens."""
 
-    attend = staticmethod(attend)
-
-    def __init__(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], processor: Mapping[str, Any], weights: Weights) -> None:
         width, self.heads = config["embed_dim"], config["num_heads"]
         self.pairs = width // self.heads // 4  # of numbers in a head, for the row and for the column each
         self.mean, self.std = processor["image_mean"], processor["image_std"]
-        self.blocks = [self.block(width, 4 * width) for _ in range(config["depth"])]
-        self.ends: dict[str, Any] = {
-            "patch_embed.proj": Parameters(width, 3, 2, PATCH, PATCH),
-            "merger.ln_q": LayerNorm(width, bias=True),
-            "merger.mlp.0": Linear(4 * width, 4 * width, bias=True),
-            "merger.mlp.2": Linear(config["hidden_size"], 4 * width, bias=True),
-        }
+        patch = weights("visual.patch_embed.proj.weight", width, 3, 2, PATCH, PATCH, dtype=torch.float32)
+        # The published layer is a convolution over two frames, which are the same for a still image.
+        self.patch = patch.sum(2).flatten(1)  # (width, 588)
+        norm, linear = functools.partial(weights.norm, function=functional.layer_norm, eps=1e-6), weights.linear
+        self.blocks = [
+            SimpleNamespace(
+                norm1=norm(f"{name}.norm1", width),
+                qkv=linear(f"{name}.attn.qkv", 3 * width, width, bias=True),
+                proj=linear(f"{name}.attn.proj", width, width, bias=True),
+                norm2=norm(f"{name}.norm2", width),
+                fc1=linear(f"{name}.mlp.fc1", 4 * width, width, bias=True),
+                fc2=linear(f"{name}.mlp.fc2", width, 4 * width, bias=True),
+            )
+            for name in (f"visual.blocks.{number}" for number in range(config["depth"]))
+        ]
+        self.merger_norm = norm("visual.merger.ln_q", width)
+        self.merger_in = linear("visual.merger.mlp.0", 4 * width, 4 * width, bias=True)
+        self.merger_out = linear("visual.merger.mlp.2", config["hidden_size"], 4 * width, bias=True)
 
-    def block(self, width: int, inner: int) -> dict[str, Any]:
-        norms = {"norm1": LayerNorm(width, bias=True), "norm2": LayerNorm(width, bias=True)}
-        attention = {"attn.qkv": Linear(3 * width, width, bias=True), "attn.proj": Linear(width, width, bias=True)}
-        return (
-            norms | attention | {"mlp.fc1": Linear(inner, width, bias=True), "mlp.fc2": Linear(width, inner, bias=True)}
-        )
-
-    def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    def __call__(
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype, attend: Function
+    ) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
         mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
-        # The published layer is a convolution over two frames, which are the same for a still image.
-        weight = self.ends["patch_embed.proj"].weight.float().sum(2).flatten(1)  # (width, 588)
-        hidden = functional.linear(pixels.flatten(1), weight)  # (P, width)
+        hidden = functional.linear(pixels.flatten(1), self.patch)  # (P, width)
         angles = torch.cat([self.angles(*grid) for grid in grids]).to(hidden.device)[:, None, None]
         lengths = [rows * columns for rows, columns in grids]
         for block in self.blocks:
-            qkv = block["attn.qkv"](block["norm1"](hidden).to(dtype)).unflatten(1, (3, self.heads, -1))
+            qkv = block.qkv(block.norm1(hidden).to(dtype)).unflatten(1, (3, self.heads, -1))
             qkv = torch.cat((rotate(qkv[:, :2], angles), qkv[:, 2:]), 1).permute(1, 2, 0, 3)
-            attended = torch.cat([self.attend(*image) for image in qkv.split(lengths, 2)], 1)  # (heads, P, head_dim)
-            hidden += block["attn.proj"](attended.transpose(0, 1).flatten(1))
-            inner = block["mlp.fc1"](block["norm2"](hidden).to(dtype))
-            hidden += block["mlp.fc2"](torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
-        merged = self.ends["merger.ln_q"](hidden).to(dtype).unflatten(0, (-1, 4)).flatten(1)
-        return self.ends["merger.mlp.2"](functional.gelu(self.ends["merger.mlp.0"](merged)))
+            attended = torch.cat([attend(*image) for image in qkv.split(lengths, 2)], 1)  # (heads, P, head_dim)
+            hidden += block.proj(attended.transpose(0, 1).flatten(1))
+            inner = block.fc1(block.norm2(hidden).to(dtype))
+            hidden += block.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
+        merged = self.merger_norm(hidden).to(dtype).unflatten(0, (-1, 4)).flatten(1)
+        return self.merger_out(functional.gelu(self.merger_in(merged)))
 
     def angles(self, rows: int, columns: int) -> Tensor:
         """Rotary angles (rows * columns, head_dim / 2) of an image's patches, the four of each token together."""
@@ -537,31 +533,29 @@ class VisionTower:
 class Decoder:
     """Qwen2: the embeddings of a prompt's tokens to the hidden state of its last one."""
 
-    gated = staticmethod(gated)
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        width, eps, inner = config["hidden_size"], config["rms_norm_eps"], config["intermediate_size"]
+    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+        width, inner = config["hidden_size"], config["intermediate_size"]
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = width // self.heads
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        self.ends: dict[str, Any] = {
-            "embed_tokens": Parameters(config["vocab_size"], width),
-            "norm": RMSNorm(width, eps=eps),
-        }
-        self.layers: list[dict[str, Any]] = [
-            {
-                "input_layernorm": RMSNorm(width, eps=eps),
-                "self_attn.q_proj": Linear(width, width, bias=True),
-                "self_attn.k_proj": Linear(self.groups * self.head_dim, width, bias=True),
-                "self_attn.v_proj": Linear(self.groups * self.head_dim, width, bias=True),
-                "self_attn.o_proj": Linear(width, width),
-                "post_attention_layernorm": RMSNorm(width, eps=eps),
-                "mlp.gate_proj": Linear(inner, width),
-                "mlp.up_proj": Linear(inner, width),
-                "mlp.down_proj": Linear(width, inner),
-            }
-            for _ in range(config["num_hidden_layers"])
+        norm = functools.partial(weights.norm, function=functional.rms_norm, eps=config["rms_norm_eps"])
+        linear, narrow = weights.linear, self.groups * self.head_dim
+        self.embedding = weights("model.embed_tokens.weight", config["vocab_size"], width)
+        self.layers = [
+            SimpleNamespace(
+                norm1=norm(f"{name}.input_layernorm", width),
+                query=linear(f"{name}.self_attn.q_proj", width, width, bias=True),
+                key=linear(f"{name}.self_attn.k_proj", narrow, width, bias=True),
+                value=linear(f"{name}.self_attn.v_proj", narrow, width, bias=True),
+                output=linear(f"{name}.self_attn.o_proj", width, width),
+                norm2=norm(f"{name}.post_attention_layernorm", width),
+                gate=linear(f"{name}.mlp.gate_proj", inner, width),
+                up=linear(f"{name}.mlp.up_proj", inner, width),
+                down=linear(f"{name}.mlp.down_proj", width, inner),
+            )
+            for name in (f"model.layers.{number}" for number in range(config["num_hidden_layers"]))
         ]
+        self.norm = norm("model.norm", width)
 
     def __call__(self, hidden: Tensor, last: Tensor, past: KeyValues) -> tuple[Tensor, KeyValues]:
         """Final hidden states (B, D) at position `last` (B,) of token embeddings (B, T, D) that follow `past`.
@@ -577,8 +571,9 @@ class Decoder:
         mask = positions[:, None] >= torch.arange(before + length, device=device) if past else None
         hidden, key_values = hidden.float(), []
         for number, layer in enumerate(self.layers):
-            normed = layer["input_layernorm"](hidden).to(dtype)
-            query, key, value = (layer[f"self_attn.{x}_proj"](normed).unflatten(2, (-1, self.head_dim)) for x in "qkv")
+            normed = layer.norm1(hidden).to(dtype)
+            projected = (product(normed) for product in (layer.query, layer.key, layer.value))
+            query, key, value = (x.unflatten(2, (-1, self.head_dim)) for x in projected)
             query, key, value = (x.transpose(1, 2) for x in (rotate(query, angles), rotate(key, angles), value))
             key_values.append((key, value))
             if past:
@@ -590,31 +585,31 @@ class Decoder:
             if layer is self.layers[-1]:  # of which only the pooled tokens go on
                 rows = torch.arange(batch, device=device)
                 hidden, attended = hidden[rows, last], attended[rows, last]
-            hidden += layer["self_attn.o_proj"](attended)
-            normed = layer["post_attention_layernorm"](hidden).to(dtype)
-            hidden += layer["mlp.down_proj"](self.gated(normed, layer["mlp.gate_proj"], layer["mlp.up_proj"]))
-        return self.ends["norm"](hidden), key_values
+            hidden += layer.output(attended)
+            normed = layer.norm2(hidden).to(dtype)
+            hidden += layer.down(layer.up.gated(normed, layer.gate))
+        return self.norm(hidden), key_values
 
 
-def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
-    """Set torch up for a CPU. Returns what to make of a `Linear`, and what to use for `gated` and `attend`."""
+def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[type[Linear], Function]:
+    """Set torch up for a CPU. Returns what to use in place of `Linear` and `attend`."""
     x86, amx = platform.machine() == "x86_64", torch.cpu.get_capabilities().get("amx_bf16")
     if small:
         torch.set_num_threads(1)  # the products of a small model are too short for two
     if x86 and not amx:
         torch.set_float32_matmul_precision("medium")  # oneDNN in place of MKL; with AMX, and on ARM, it would round
 
-    class PackedLinear:
+    class PackedLinear(Linear):
         """The weight is laid out for oneDNN once, and not in every call: 1.7 times as fast for a lone short text."""
 
-        def __init__(self, linear: Linear) -> None:
-            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 512), linear.bias
+        def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+            super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, 512), bias)
 
         def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "")
 
-    def packed_gated(x: Tensor, gate: PackedLinear, up: PackedLinear) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, gate(x, "swish"), up.weight, up.bias, "mul")
+        def gated(self, x: Tensor, gate: Any) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, gate(x, "swish"), self.weight, self.bias, "mul")
 
     def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Head by head and 512 queries at a time: twice as fast as torch's own in bfloat16."""
@@ -625,69 +620,38 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Any, Any, Any]:
                 torch.matmul((chunk @ k.T).softmax(-1), v, out=rows)
         return out
 
-    attention = attend_in_chunks if dtype == torch.bfloat16 else attend
+    linear: type[Linear] = Linear
     if x86 and dtype != torch.float16:
         try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-            linear, x = Linear(), torch.randn(3, 64).to(dtype)
-            linear.weight, linear.bias = torch.randn(32, 64).to(dtype), torch.randn(32).to(dtype)
-            packed = PackedLinear(linear)
-            torch.testing.assert_close(packed(x), linear(x), rtol=0.02, atol=0.02)
-            torch.testing.assert_close(packed_gated(x, packed, packed), gated(x, linear, linear), rtol=0.02, atol=0.02)
-            return PackedLinear, packed_gated, attention
-        except (AttributeError, RuntimeError, TypeError, AssertionError) as error:
+            weight, bias, x = (torch.randn(*shape).to(dtype) for shape in ((32, 64), (32,), (3, 64)))
+            packed, plain = PackedLinear(weight, bias), Linear(weight, bias)
+            for ours, public in ((packed(x), plain(x)), (packed.gated(x, packed), plain.gated(x, plain))):
+                if not torch.allclose(ours, public, rtol=0.02, atol=0.02):
+                    raise RuntimeError("their products differ")
+            linear = PackedLinear
+        except (AttributeError, RuntimeError, TypeError) as error:
             log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
-    return None, gated, attention
+    return linear, attend_in_chunks if dtype == torch.bfloat16 else attend
 
 
 class Model:
     """Batches of inputs to embeddings. For one thread at a time."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        names = ("config.json", "preprocessor_config.json")
+        names, linear = ("config.json", "preprocessor_config.json"), Linear
         config, processor = (json.loads((directory / name).read_bytes()) for name in names)
+        self.device, self.dtype, self.attend = device, dtype, attend
+        if device.type == "cpu":
+            small = sum(path.stat().st_size for path in weight_files(directory)) < 200_000_000
+            linear, self.attend = speed_up_on_cpu(dtype, small)
+        weights = Weights(directory, device, dtype, linear)
         try:
-            self.vision = VisionTower(config["vision_config"], processor)
-            self.decoder = Decoder(config.get("text_config", config))
+            self.vision = VisionTower(config["vision_config"], processor, weights)
+            self.decoder = Decoder(config.get("text_config", config), weights)
         except KeyError as error:
             raise StartError(f"{directory} is no Qwen2-VL checkpoint: its configuration has no {error}.") from None
-        self.device, self.dtype = device, dtype
-        self.load_weights(directory)
-        self.embedding = self.decoder.ends["embed_tokens"].weight  # (vocabulary, D)
-        self.dimension = self.embedding.shape[1]
+        self.dimension = self.decoder.embedding.shape[1]
         self.kept_prefix = functools.lru_cache(16)(self.prefix)
-
-    def load_weights(self, directory: Path) -> None:
-        """Read the weights from the mapped files one by one, straight into their final dtype and place.
-
-        Norms are float32 whatever the model's dtype. Raises `StartError` for a weight that is missing or misshapen.
-        """
-        make, paths = None, weight_files(directory)
-        if self.device.type == "cpu":
-            small = sum(path.stat().st_size for path in paths) < 200_000_000
-            make, self.decoder.gated, self.vision.attend = speed_up_on_cpu(self.dtype, small)
-        stored = {}
-        for file in [safe_open(path, framework="pt") for path in paths]:
-            for name in file.keys():  # noqa: SIM118  # a file is no mapping
-                # a current transformers saves other names than the published ones
-                published = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-                stored[published] = lambda file=file, name=name: file.get_tensor(name)
-        layers = {"visual.": self.vision.ends, "model.": self.decoder.ends}
-        layers |= {f"visual.blocks.{number}.": block for number, block in enumerate(self.vision.blocks)}
-        layers |= {f"model.layers.{number}.": layer for number, layer in enumerate(self.decoder.layers)}
-        for prefix, path in [(prefix, path) for prefix, layer in layers.items() for path in layer]:
-            parameters = layers[prefix][path]
-            packed = make is not None and isinstance(parameters, Linear)
-            for leaf, shape in parameters.shapes.items():
-                name = f"{prefix}{path}.{leaf}"
-                tensor = stored[name]() if name in stored else torch.empty(0)
-                if tensor.shape != shape:
-                    found = tuple(tensor.shape) if name in stored else "missing"
-                    raise StartError(f"{directory}: the weight {name} is {found}, and has to be {shape}.")
-                copy = not packed or leaf == "bias"  # oneDNN's layout of a weight is a copy anyway
-                dtype = torch.float32 if parameters.in_float32 else self.dtype
-                setattr(parameters, leaf, tensor.to(self.device, dtype, copy=copy))
-            if make and packed:
-                layers[prefix][path] = make(parameters)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
@@ -713,11 +677,11 @@ class Model:
         shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded on the right
-        hidden = functional.embedding(token_ids.to(self.device), self.embedding)  # (B, T, D)
+        hidden = functional.embedding(token_ids.to(self.device), self.decoder.embedding)  # (B, T, D)
         if patches := [one.patches for one in inputs if one.patches is not None]:
             images = [(row, one) for row, one in enumerate(inputs) if one.patches is not None]
             pixels = torch.from_numpy(np.concatenate(patches)).to(self.device)
-            tokens = self.vision(pixels, [one.grid for _, one in images], self.dtype)
+            tokens = self.vision(pixels, [one.grid for _, one in images], self.dtype, self.attend)
             for (row, one), image in zip(images, tokens.split([len(x) // 4 for x in patches]), strict=True):
                 hidden[row, one.image_start - shared :][: len(image)] = image
         key_values = self.kept_prefix if len(prefix) <= MAX_KEPT_PREFIX else self.prefix
@@ -727,24 +691,23 @@ class Model:
 
     def prefix(self, token_ids: tuple[int, ...]) -> KeyValues:
         """Keys and values (1, groups, tokens, head_dim) of the part with an instruction."""
-        hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.embedding)
+        hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.decoder.embedding)
         return self.decoder(hidden, torch.tensor([0], device=self.device), [])[1]
 
     def check(self, texts: Sequence[Input]) -> None:
-        """Embed texts, the first with a small image, in one batch, alone, and without the prefix cache: a probe.
+        """A probe: texts, the first with a small image, embedded together, and alone without the prefix cache.
 
-        `texts` share their instruction and have at least 8 tokens behind it. Raises `StartError` when the ways disagree
+        `texts` share their instruction and have at least 8 tokens behind it. Raises `StartError` when the two disagree
         by more than the dtype rounds: a library that changed must not mean wrong embeddings.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
         image = replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise)
         inputs = [image, *texts[1:]]
-        together = self.embed(inputs)
-        for way, ones in (("alone", inputs), ("without the prefix cache", [replace(one, shared=0) for one in inputs])):
-            distance = 1 - (together * np.concatenate([self.embed([one]) for one in ones])).sum(1).min()
-            if not distance <= MAX_DISTANCE[self.dtype]:
-                reason = f"An input has another embedding in a batch than {way} (1 - cosine is {distance:.2g})"
-                raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
+        alone = np.concatenate([self.embed([replace(one, shared=0)]) for one in inputs])
+        distance = 1 - (self.embed(inputs) * alone).sum(1).min()
+        if not distance <= MAX_DISTANCE[self.dtype]:
+            reason = f"An image and a text have other embeddings together than alone (1 - cosine is {distance:.2g})"
+            raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -774,34 +737,34 @@ SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a 
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
-BATCH_PADDING = Histogram("gme_batch_padding_ratio", "Share of padding in a batch.", buckets=[n / 20 for n in range(6)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
-Prepare = Callable[[Sequence[Source]], Iterable[Input | ServiceError]]
-Compute = Callable[[Sequence[Input]], Iterable[np.ndarray]]
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Answer(NamedTuple):
-    """The embeddings (n, dimension), float32, of a request's sources, and how many tokens the model reads for them."""
-
-    embeddings: np.ndarray
-    tokens: int
+Order = tuple[int, int]  # (clock at arrival + rank in its request, number of the request): the lowest goes first
+ENDING = "The service is ending: try again in a moment."
 
 
 @dataclass(slots=True)
 class Waiting:
-    """A source in the queue: the lowest order goes first."""
+    """An input that is ready for the model. All who want its embedding, or why there is none, have a future."""
 
-    source: Source
-    name: str  # in an error
-    future: asyncio.Future[np.ndarray]
-    arrived: float
-    order: tuple[int, int] = (0, 0)  # (clock at arrival + rank in its request, number of the request)
-    input: Any = None  # once it is prepared
+    input: Input
+    order: Order
+    futures: list[asyncio.Future[Any]]
+    arrived: float = field(default_factory=time.perf_counter)
+
+    @property
+    def wanted(self) -> bool:
+        return not all(future.done() for future in self.futures)
 
 
-def isolate(function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R | ServiceError]:
+def checked(sources: Sequence[Source], results: Sequence[Any]) -> list[Any]:
+    """The results, when none is an error. Raises the first that is one, with the name of its source."""
+    for source, result in zip(sources, results, strict=True):
+        if isinstance(result, ServiceError):
+            raise type(result)(f"{source.name}{result}")
+    return list(results)
+
+
+def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
     """`function(items)`; where it raises, halves the items until those it raises for have an error as result."""
     try:
         return list(function(items))
@@ -828,202 +791,174 @@ class Batcher:
     """
 
     def __init__(
-        self, prepare: Prepare, compute: Compute, max_tokens: int, max_queue: int = 16384, cache_entries: int = 0
+        self,
+        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
+        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
+        max_tokens: int,
+        max_queue: int = 16384,
+        cache_entries: int = 0,
     ) -> None:
-        self.prepare, self.compute, self.on_death = prepare, compute, lambda: None
+        self.prepare, self.compute = prepare, compute
+        self.on_death: Callable[[], object] = lambda: None
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
-        self.unprepared: list[tuple[tuple[int, int], Waiting]] = []  # a heap, by order
-        self.preparing: list[tuple[int, int]] = []  # the lowest order of each chunk under way
-        self.ready: dict[bytes, list[Waiting]] = {}  # by key of their input, in order: equal ones are computed once
-        self.computing: dict[bytes, list[Waiting]] = {}  # the batch under way
+        self.threads, self.model_thread = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
+        self.tasks: set[asyncio.Task[Any]] = set()  # one for each chunk of the requests under way
+        self.turns: list[tuple[Order, asyncio.Future[None]]] = []  # a heap: which chunk is prepared next
+        self.preparing: set[asyncio.Future[None]] = set()  # the turns that are taken
+        self.ready: dict[bytes, Waiting] = {}  # by key of the input: equal ones are computed once
+        self.computing: dict[bytes, Waiting] = {}  # the batch under way
         self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self.open: set[asyncio.Future[np.ndarray]] = set()  # without an answer
+        self.depth = 0  # inputs of the requests under way
         self.clock = self.requests = 0  # how far the queue has got, in inputs; requests so far
-        self.changed, self.choosing, self.alive = asyncio.Event(), asyncio.Lock(), True
+        self.changed, self.alive = asyncio.Event(), True
 
-    @property
-    def depth(self) -> int:
-        """Inputs without an answer."""
-        return len(self.open)
+    async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
+        """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
 
-    async def embed(self, sources: Sequence[Source]) -> Answer:
-        """Answer a request. What still waits is dropped when this is cancelled, as for a client that left.
-
-        Raises the `ServiceError` of an input that has one, and `BusyError` when the queue is full.
+        What still waits is dropped when this is cancelled, as for a client that left. Raises the `ServiceError` of an
+        input that has one, and `BusyError` when the queue is full.
         """
         if not self.alive:
-            raise BusyError("The service is ending: try again in a moment.")
+            raise BusyError(ENDING)
         if self.depth + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
         self.requests += 1
-        loop, now = asyncio.get_running_loop(), time.perf_counter()
-        names = [source.name or f"Input {number}: " for number, source in enumerate(sources, start=1)]
-        pairs = zip(sources, names if len(sources) > 1 else [sources[0].name], strict=True)
-        request = [Waiting(source, name, loop.create_future(), now) for source, name in pairs]
-        for rank, one in enumerate(sorted(request, key=lambda one: one.source.weight)):
-            one.order = (self.clock + rank, self.requests)
-            heapq.heappush(self.unprepared, (one.order, one))
-            one.future.add_done_callback(self.open.discard)
-            self.open.add(one.future)
-        self.notify()
+        self.depth += len(sources)
+        in_order = sorted(range(len(sources)), key=lambda index: sources[index].weight)
+        sums = itertools.accumulate(sources[index].weight for index in in_order)
+        groups = itertools.groupby(zip(in_order, sums, strict=True), lambda pair: pair[1] // CHUNK_WEIGHT)
+        tasks, rank = [], self.clock
+        for chunk in ([sources[index] for index, _ in group] for _, group in groups):
+            tasks.append(asyncio.create_task(self.embed_chunk(chunk, (rank, self.requests))))
+            rank += len(chunk)
+        self.tasks.update(tasks)
         try:
-            embeddings = await asyncio.gather(*(one.future for one in request))
-        except BaseException:
-            for one in request:
-                one.future.cancel()
-            self.unprepared = [place for place in self.unprepared if not place[1].future.done()]
-            heapq.heapify(self.unprepared)
-            self.notify()
-            raise
-        return Answer(np.array(embeddings), sum(len(one.input.token_ids) for one in request))
+            found = [one for chunk in await asyncio.gather(*tasks) for one in chunk]
+        except asyncio.CancelledError:
+            if self.alive:
+                raise
+            raise BusyError(ENDING) from None
+        finally:
+            self.depth -= len(sources)
+            self.tasks.difference_update(tasks)
+            for task in tasks:
+                task.cancel()
+        embeddings = np.array([embedding for embedding, _ in found])
+        return embeddings[np.argsort(in_order)], sum(tokens for _, tokens in found)
+
+    async def embed_chunk(self, sources: Sequence[Source], order: Order) -> list[tuple[np.ndarray, int]]:
+        """The embedding of each source of a part of a request, and how many tokens it has."""
+        loop, turn = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        heapq.heappush(self.turns, (order, turn))
+        self.pass_turn()
+        try:
+            await turn
+            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, sources)
+            inputs: list[Input] = checked(sources, prepared)
+            futures = [self.enqueue(one, (order[0] + rank, order[1])) for rank, one in enumerate(inputs)]
+            self.pass_turn(turn)
+            embeddings = checked(sources, await asyncio.gather(*futures))
+            return [(embedding, len(one.token_ids)) for embedding, one in zip(embeddings, inputs, strict=True)]
+        finally:
+            self.pass_turn(turn)
+
+    def pass_turn(self, turn: asyncio.Future[None] | None = None) -> None:
+        """Let the next chunks be prepared, in order: none while AHEAD_BATCHES batches that go before it are ready."""
+        self.preparing.discard(turn)
+        while self.turns and len(self.preparing) < PREPARE_THREADS:
+            order, following = self.turns[0]
+            before = (one.input.cost for one in self.ready.values() if one.order < order and one.wanted)
+            if not following.done() and sum(before) >= AHEAD_BATCHES * self.max_tokens:
+                break
+            heapq.heappop(self.turns)
+            if not following.done():
+                self.preparing.add(following)
+                following.set_result(None)
+
+    def enqueue(self, one: Input, order: Order) -> asyncio.Future[Any]:
+        """The future embedding of an input, which is computed unless it is known or an equal one waits."""
+        future = asyncio.get_running_loop().create_future()
+        if one.key in self.cache:
+            CACHE_HITS.inc()
+            self.cache.move_to_end(one.key)
+            future.set_result(self.cache[one.key])
+        elif waiting := self.computing.get(one.key) or self.ready.get(one.key):
+            waiting.order = min(waiting.order, order)
+            waiting.futures.append(future)
+        else:
+            self.ready[one.key] = Waiting(one, order, [future])
+            self.changed.set()
+        return future
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests for as long as this context lasts."""
-        threads, model_thread = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
-        loops = [self.prepare_ahead(threads) for _ in range(PREPARE_THREADS)] + [self.compute_batches(model_thread)]
-        tasks = [asyncio.create_task(loop) for loop in loops]
-        for task in tasks:
-            task.add_done_callback(self.end)
+        task = asyncio.create_task(self.compute_batches())
+        task.add_done_callback(self.end)
         yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.cancel()
+        await asyncio.wait([task])
 
     def end(self, task: asyncio.Task[None]) -> None:
         """No request can be answered any more."""
         self.alive = False
-        for future in list(self.open):
-            if not future.done():
-                future.set_exception(BusyError("The service is ending: try again in a moment."))
+        for chunk in self.tasks:
+            chunk.cancel()
         if not task.cancelled():
             log.critical("The batcher has ended.", exc_info=task.exception())
             self.on_death()
 
-    def notify(self) -> None:
-        """Wake the loops below, to see whether there is something to do."""
-        self.changed.set()
-        self.changed.clear()
-
-    async def prepare_ahead(self, threads: ThreadPoolExecutor) -> None:
-        """Prepare chunk after chunk; a few of these loops run side by side."""
-
-        def prepare(sources: Sequence[Source]) -> list[tuple[Input | ServiceError, bytes]]:
-            results = isolate(self.prepare, sources)
-            return [(result, result.key() if isinstance(result, Input) else b"") for result in results]
-
-        while True:
-            async with self.choosing:
-                while not (chunk := self.next_chunk()):
-                    await self.changed.wait()
-            self.preparing.append(chunk[0].order)
-            sources = [one.source for one in chunk]
-            results = await asyncio.get_running_loop().run_in_executor(threads, prepare, sources)
-            self.preparing.remove(chunk[0].order)
-            for one, (result, key) in zip(chunk, results, strict=True):
-                one.input = result
-                if isinstance(result, ServiceError):
-                    self.finish([one], result)
-                elif key in self.cache:
-                    CACHE_HITS.inc()
-                    self.cache.move_to_end(key)
-                    self.finish([one], self.cache[key])
-                elif key in self.computing:
-                    self.computing[key].append(one)
-                elif key in self.ready:
-                    self.ready[key].append(one)
-                    self.ready[key].sort(key=lambda one: one.order)
-                else:
-                    self.ready[key] = [one]
-            self.notify()
-
-    def next_chunk(self) -> list[Waiting]:
-        """The next to prepare, in order; none while AHEAD_BATCHES batches that go before them are ready."""
-        if not self.unprepared:
-            return []
-        groups = (group for group in self.ready.values() if not all(one.future.done() for one in group))
-        ready = sorted(((group[0].order, group[0].input.cost) for group in groups), reverse=True)
-        chunk: list[Waiting] = []
-        weight = tokens_before = 0
-        while self.unprepared:
-            one = self.unprepared[0][1]
-            if not one.future.done():
-                while ready and ready[-1][0] < one.order:
-                    tokens_before += ready.pop()[1]
-                weight += one.source.weight
-                if tokens_before >= AHEAD_BATCHES * self.max_tokens or (chunk and weight > CHUNK_WEIGHT):
-                    break
-                chunk.append(one)
-            heapq.heappop(self.unprepared)
-        return chunk
-
-    async def compute_batches(self, model_thread: ThreadPoolExecutor) -> None:
+    async def compute_batches(self) -> None:
         """Compute batch after batch."""
+        loop = asyncio.get_running_loop()
         while True:
             while not (batch := self.next_batch()):
+                self.changed.clear()
                 await self.changed.wait()
-            self.computing = batch
-            self.notify()  # there is room to prepare more
-            inputs = [group[0].input for group in batch.values()]
+            self.computing = {one.input.key: one for one in batch}
+            self.pass_turn()  # there is room to prepare more
+            inputs = [one.input for one in batch]
             with MODEL_SECONDS.time():
-                results = await asyncio.get_running_loop().run_in_executor(model_thread, isolate, self.compute, inputs)
-            for (key, group), result in zip(batch.items(), results, strict=True):
-                if not isinstance(result, ServiceError) and not np.isfinite(result).all():
+                results = await loop.run_in_executor(self.model_thread, isolate, self.compute, inputs)
+            for one, result in zip(batch, results, strict=True):
+                if isinstance(result, np.ndarray) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
                     log.error(str(result))
-                if not isinstance(result, ServiceError) and self.cache_entries:
-                    self.cache[key] = result.copy()  # and not a row that keeps its whole batch in memory
-                self.finish(group, result)
+                if isinstance(result, np.ndarray) and self.cache_entries:
+                    self.cache[one.input.key] = result.copy()  # and not a row that keeps its whole batch in memory
+                for future in (future for future in one.futures if not future.done()):
+                    future.set_result(result)
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
             self.computing = {}
 
-    def next_batch(self) -> dict[bytes, list[Waiting]]:
+    def next_batch(self) -> list[Waiting]:
         """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
 
         Candidates follow in order, share its instruction and fit into the batch's tokens. Taken are the most of them,
         nearest first, of whose batch at most a fifth is padding.
         """
-        for key, group in list(self.ready.items()):
-            group[:] = [one for one in group if not one.future.done()]
-            if not group:
-                del self.ready[key]
-        if not self.ready:
-            return {}
-        in_order = sorted(self.ready, key=lambda key: self.ready[key][0].order)
-        inputs = {key: self.ready[key][0].input for key in in_order}
-        first, fitting, num_tokens = inputs[in_order[0]], list[bytes](), 0
-        for key in in_order:
-            if inputs[key].prefix != first.prefix:
-                continue
-            num_tokens += inputs[key].cost
-            if fitting and num_tokens > self.max_tokens:
-                break
-            fitting.append(key)
-        fitting.sort(key=lambda key: abs(inputs[key].cost - first.cost))
-        size, padding, num_tokens, longest = 1, 0.0, 0, 0
-        for count, key in enumerate(fitting, start=1):
-            num_tokens, longest = num_tokens + inputs[key].cost, max(longest, inputs[key].cost)
+        self.ready = {key: one for key, one in self.ready.items() if one.wanted}
+        in_order = sorted(self.ready.values(), key=lambda one: one.order)
+        if not in_order:
+            return []
+        first = in_order[0]
+        alike = [one for one in in_order if one.input.prefix == first.input.prefix]
+        sums = itertools.accumulate(one.input.cost for one in alike)
+        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is first or tokens <= self.max_tokens]
+        fitting.sort(key=lambda one: abs(one.input.cost - first.input.cost))
+        size, num_tokens, longest = 1, 0, 0
+        for count, one in enumerate(fitting, start=1):
+            num_tokens, longest = num_tokens + one.input.cost, max(longest, one.input.cost)
             num_padded = count * longest
             if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
-                size, padding = count, 1 - num_tokens / num_padded
-        # New requests are numbered from the lowest order that is not computed, which rises with every batch.
-        waiting = [self.ready[in_order[0]][0].order, *self.preparing, *(order for order, _ in self.unprepared[:1])]
-        self.clock = max(self.clock + 1, min(waiting)[0])
-        batch = {key: self.ready.pop(key) for key in fitting[:size]}
+                size = count
+        self.clock = max(self.clock + 1, first.order[0])  # from which new requests are numbered
         BATCH_INPUTS.observe(size)
-        BATCH_PADDING.observe(padding)
-        for one in (one for group in batch.values() for one in group):
+        for one in fitting[:size]:
             QUEUE_SECONDS.observe(time.perf_counter() - one.arrived)
-        return batch
-
-    @staticmethod
-    def finish(group: Sequence[Waiting], result: Any) -> None:
-        for one in group:
-            if not one.future.done() and isinstance(result, ServiceError):
-                one.future.set_exception(type(result)(f"{one.name}{result}"))
-            elif not one.future.done():
-                one.future.set_result(result)
+            del self.ready[one.input.key]
+        return fitting[:size]
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
@@ -1040,7 +975,9 @@ INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtyp
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below /docs/static
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
 LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
-FORM = "body: send a multipart form with one or more files in the field `file` (with curl: -F file=@photo.jpg)."
+FORM = (
+    "body: send a multipart form in UTF-8 with one or more files in the field `file` (with curl: -F file=@photo.jpg)."
+)
 DATA_URI = re.compile(r"data:(\w+)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # clients send them, and they hold anyway
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
@@ -1087,25 +1024,20 @@ def route_path(request: Request) -> str:
     return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
-def error_response(request: Request, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(request: Request, error: ServiceError) -> Response:
     """`detail` for our clients and those made for Jina's service; on OpenAI's routes also `error`, for theirs."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, headers)
-    body: dict[str, Any] = {"detail": sentence}
+    body: dict[str, Any] = {"detail": str(error)}
     if route_path(request).startswith("/v1/"):
-        kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-        body["error"] = {"message": sentence, "type": kind, "code": None}
-    return json_response(body, status, headers)
+        kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
+        body["error"] = {"message": str(error), "type": kind.get(error.status, "invalid_request_error"), "code": None}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+    return json_response(body, error.status, headers.get(error.status))
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    match error:
-        case ServiceError():
-            return error_response(request, error.status, str(error))
-        case HTTPException():  # no such route, or another method
-            return error_response(request, error.status_code, error.detail, error.headers)
-        case ClientDisconnect():
-            return Response(status_code=499)  # which nobody reads
-    return error_response(request, 500, ServiceError.example)
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # which nobody reads
+    return error_response(request, error if isinstance(error, ServiceError) else ServiceError(ServiceError.example))
 
 
 class Guard:
@@ -1117,7 +1049,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
-        self.too_large = f"The body is larger than {settings.max_body_mb:g} MB: send less in one request."
+        self.too_large = TooLargeError(f"The body is over {settings.max_body_mb:g} MB: send less in one request.")
         self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -1125,8 +1057,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request, held = Request(scope), 0
-        length = request.headers.get("content-length", "0")
-        coming = length != "0" or "transfer-encoding" in request.headers  # whether there is more of the body to read
+        coming = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
 
         async def receive_counted() -> Message:
             nonlocal held, coming
@@ -1135,7 +1066,7 @@ class Guard:
             held += size
             self.open_bytes += size
             if held > self.max_body:
-                raise TooLargeError(self.too_large)
+                raise self.too_large
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
@@ -1145,35 +1076,30 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             elif coming and not message.get("more_body"):
                 await send({**message, "more_body": True})
-                message = {"type": "http.response.body"}
+                message, dropped, more = {"type": "http.response.body"}, 0, True
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(drain(), LINGER_SECONDS)
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while more and dropped < LINGER_BODIES * self.max_body:
+                            rest = await receive()
+                            dropped, more = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
             await send(message)
 
-        async def drain() -> None:
-            dropped, more = 0, True
-            while more and dropped < LINGER_BODIES * self.max_body:
-                message = await receive()
-                dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
-
-        app = self.app
-        if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            app = error_response(request, 405, "Method Not Allowed", {"Allow": "GET, POST"})
-        elif not self.admits(request):
-            app = error_response(request, 401, KeyRefusedError.example)
-        elif int(length) > self.max_body:
-            app = error_response(request, 413, self.too_large)
+        refusal = self.refusal(request)
         try:
-            await app(scope, receive_counted, send_and_drain)
+            await (error_response(request, refusal) if refusal else self.app)(scope, receive_counted, send_and_drain)
         finally:
             self.open_bytes -= held
 
-    def admits(self, request: Request) -> bool:
-        path = route_path(request)
-        if not self.key or path in OPEN_PATHS or path.startswith("/docs/static"):
-            return True
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
+    def refusal(self, request: Request) -> ServiceError | None:
+        """Why the request is refused before its body is read."""
+        path, (scheme, _, key) = route_path(request), request.headers.get("authorization", "").partition(" ")
+        if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
+            return MalformedError("The request has a method that HTTP does not know.")
+        if self.key and path not in OPEN_PATHS and not path.startswith("/docs/static"):
+            same = secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
+            if scheme.lower() != "bearer" or not same:
+                return KeyRefusedError(KeyRefusedError.example)
+        return self.too_large if int(request.headers.get("content-length", "0")) > self.max_body else None
 
 
 async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
@@ -1200,41 +1126,26 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
         raise MalformedError(" ".join(sentences)) from None
 
 
-async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
-    """The files (name, content) and the other fields of a multipart form, kept in memory. Raises `MalformedError`."""
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data" or b"boundary" not in options:
-        raise MalformedError(FORM)
-    files: list[tuple[str, bytes]] = []
-    fields: dict[str, str] = {}
-    whole = False
-
-    def on_end() -> None:
-        nonlocal whole
-        whole = True
-
-    def on_file(file: Any) -> None:
-        if file.field_name != b"file":
-            raise MalformedError(FORM)
-        check_count(range(len(files) + 1), max_files)
-        file.file_object.seek(0)
-        files.append(((file.file_name or b"").decode(errors="replace"), file.file_object.read()))
-
-    def on_field(field: Any) -> None:
-        name = field.field_name.decode(errors="replace")
-        if name not in ("text", "prompt") or name in fields:
-            raise MalformedError(FORM)
-        fields[name] = (field.value or b"").decode()
-
+async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, bytes]], dict[Any, str]]:
+    """The files (name, content) and other fields of a multipart form, kept in memory. Raises `MalformedError`."""
+    kind, options = multipart.parse_options_header(request.headers.get("content-type"))
+    parts: list[Any] = []
+    ends: list[bool] = []
     try:
-        config = {"MAX_MEMORY_FILE_SIZE": math.inf}
-        parser = FormParser(kind.decode(), on_field, on_file, on_end, boundary=options[b"boundary"], config=config)
+        callbacks, config = (parts.append, parts.append, lambda: ends.append(True)), {"MAX_MEMORY_FILE_SIZE": math.inf}
+        parser = multipart.FormParser(kind.decode(), *callbacks, options.get(b"boundary"), config=config)
         async for chunk in request.stream():
             parser.write(chunk)
+            check_count(max(1, len(parts) - 2), max_files)
+        if not ends:
+            raise ValueError("it ends before its last boundary")
+        found: list[Any] = [part for part in parts if isinstance(part, multipart.File) and part.field_name == b"file"]
+        files = [((file.file_name or b"").decode(errors="replace"), file.file_object.getvalue()) for file in found]
+        fields = {part.field_name: (part.value or b"").decode() for part in parts if isinstance(part, multipart.Field)}
     except ValueError as error:
-        raise MalformedError(f"body: it is not a multipart form in UTF-8 ({error}).") from None
-    if not files or not whole:
-        raise MalformedError(FORM if whole else "body: the form ends before its last boundary: send it whole.")
+        raise MalformedError(f"{FORM} What came cannot be read: {error}.") from None
+    if not files or len(files) + len(fields) < len(parts) or not fields.keys() <= {b"text", b"prompt"}:
+        raise MalformedError(FORM)
     return files, fields
 
 
@@ -1242,49 +1153,48 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
         item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
-    valid = isinstance(item, dict) and all(isinstance(value, str | None) for value in item.values())
-    if not valid or not item.keys() <= {"text", "image"} or not any(value is not None for value in item.values()):
+    valid = isinstance(item, dict) and item.keys() <= {"text", "image"} and any(x is not None for x in item.values())
+    if not valid or not all(isinstance(value, str | None) for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
         raise InputError(f"{name}{either}, and no token ids (in LangChain: check_embedding_ctx_length=False).")
     text, image = item.get("text") or "", item.get("image")
     if image is None:
-        return Source(text, None, instruction)
+        return Source(text, None, instruction, name)
     uri = DATA_URI.match(image, 0, 200)
+    encoded = image[uri.end() if uri else 0 :].encode(errors="replace").translate(None, b" \t\r\n")
     try:
         if uri and uri[1].lower() != "image":
             raise ValueError("It is another kind of data URI.")
-        encoded = image[uri.end() if uri else 0 :].encode("ascii").translate(None, b" \t\r\n")
-        data = base64.b64decode(encoded, validate=True)
+        return Source(text, base64.b64decode(encoded, validate=True), instruction, name)
     except ValueError:
-        sentence = "send an image as base64 or as its data URI (a URL is never fetched)."
-        raise InputError(name + sentence) from None
-    return Source(text, data, instruction)
+        raise InputError(f"{name}send an image as base64 or as its data URI (a URL is never fetched).") from None
 
 
-def check_count(inputs: Sequence[object], most: int) -> None:
+def check_count(inputs: int, most: int) -> None:
     """Raises `InputError` or `TooLargeError`."""
     if not inputs:
         raise InputError("The request has no input: send at least one.")
-    if len(inputs) > most:
-        raise TooLargeError(f"The request has {len(inputs)} inputs: send at most {most}.")
+    if inputs > most:
+        raise TooLargeError(f"The request has {inputs} inputs: send at most {most}.")
 
 
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source]) -> Answer:
+async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
+    check_count(len(sources), most)
     answer = asyncio.ensure_future(batcher.embed(sources))
     gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientDisconnect
-        result = answer.result()
+        embeddings, tokens = answer.result()
     finally:
         answer.cancel()
         gone.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
-    TOKENS.inc(result.tokens)
-    return result
+    TOKENS.inc(tokens)
+    return embeddings, tokens
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
@@ -1298,7 +1208,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         version=__version__,
         description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
         lifespan=lambda _: batcher.running(),
-        exception_handlers=dict.fromkeys((ServiceError, HTTPException, ClientDisconnect, Exception), on_error),
+        exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, Exception), on_error),
         redoc_url=None,
         static_url="/docs/static",
     )
@@ -1317,20 +1227,20 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, settings.max_inputs)
-        check_count(body.texts, most)
-        instruction = body.prompt or DEFAULT_INSTRUCTION
-        answer = await embed(request, batcher, [Source(text, None, instruction) for text in body.texts])
-        return json_response({"embeddings": answer.embeddings})
+        prompt = body.prompt or DEFAULT_INSTRUCTION
+        sources = [Source(text, None, prompt, f"Input {number}: ") for number, text in enumerate(body.texts, start=1)]
+        embeddings, _ = await embed(request, batcher, sources, most)
+        return json_response({"embeddings": embeddings})
 
     @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         files, fields = await read_form(request, most)
-        text, instruction = fields.get("text", ""), fields.get("prompt") or DEFAULT_INSTRUCTION
-        named = ((f"File {number} ({name}): ", content) for number, (name, content) in enumerate(files, start=1))
-        sources = [Source(text, content, instruction, name) for name, content in named]
-        answer = await embed(request, batcher, sources)
-        return json_response({"embeddings": answer.embeddings})
+        text, prompt = fields.get(b"text", ""), fields.get(b"prompt") or DEFAULT_INSTRUCTION
+        numbered = enumerate(files, start=1)
+        sources = [Source(text, content, prompt, f"File {number} ({name}): ") for number, (name, content) in numbered]
+        embeddings, _ = await embed(request, batcher, sources, most)
+        return json_response({"embeddings": embeddings})
 
     @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
     async def openai_embeddings(request: Request) -> Response:
@@ -1339,15 +1249,12 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if body.dimensions not in (None, model.dimension):
             raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
         items = [body.input] if isinstance(body.input, str) else body.input
-        check_count(items, most)
-        instruction = body.prompt or DEFAULT_INSTRUCTION
-        sources = [read_item(item, f"Input {number}: ", instruction) for number, item in enumerate(items, start=1)]
-        answer = await embed(request, batcher, sources)
-        vectors: Iterable[Any] = answer.embeddings
-        if body.encoding_format == "base64":
-            vectors = (base64.b64encode(vector.tobytes()).decode() for vector in answer.embeddings)
-        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
+        prompt = body.prompt or DEFAULT_INSTRUCTION
+        sources = [read_item(item, f"Input {number}: ", prompt) for number, item in enumerate(items, start=1)]
+        embeddings, tokens = await embed(request, batcher, sources, most)
+        encode = (lambda one: base64.b64encode(one).decode()) if body.encoding_format == "base64" else np.asarray
+        data = [{"object": "embedding", "index": n, "embedding": encode(one)} for n, one in enumerate(embeddings)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
     @openai.get("/models")
@@ -1395,15 +1302,11 @@ def build() -> FastAPI:
     max_tokens = settings.max_batch_tokens or batch_tokens
     batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
 
-    def end_process() -> None:
-        died.set()
-        asyncio.get_running_loop().call_later(10, os._exit, 1)  # after 10 s for the answers under way
-        os.kill(os.getpid(), signal.SIGTERM)  # uvicorn answers what it can and shuts down
-
-    batcher.on_death, died = end_process, threading.Event()
+    # The 503 of all that waits goes out, and then the process ends, for systemd to start a fresh one.
+    batcher.on_death = lambda: asyncio.get_running_loop().call_later(3, os._exit, 1)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(died.is_set())))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     where = f"{settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions"
     key = "an API key is needed" if settings.api_key else "no API key is needed"
     seconds = time.perf_counter() - started

@@ -235,15 +235,14 @@ def test_after_a_download_a_changed_file_is_found_without_the_hub(hub: Hub, chec
     assert hub.listings == 1  # for the download
 
 
-def test_what_was_put_there_by_hand_is_compared_with_the_hub(hub: Hub, by_hand: Path) -> None:
+def test_what_was_put_there_by_hand_is_compared_with_the_hub_and_mended(hub: Hub, by_hand: Path) -> None:
     settings = gme.Settings.load()
-    assert str(by_hand) in gme.verify(settings)
     zero(by_hand / SHARDS[2])
-    (by_hand / "vocab.json").unlink()  # which no start reads
-    with pytest.raises(gme.StartError) as changed:
-        gme.verify(settings)
-    assert named(changed.value) == [SHARDS[2]]
-    assert hub.fetches == []
+    assert str(by_hand) in gme.verify(settings)
+    assert hub.fetched() == [SHARDS[2]]
+    assert contents(by_hand) == contents(TOY)
+    assert str(by_hand) in gme.verify(settings)
+    assert hub.listings == 1  # the sums are noted
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no files", "no hub"])

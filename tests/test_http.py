@@ -290,7 +290,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "a form that does not end": (IMAGE, raw(PART + PHOTO, FORM), 422, "body"),
     "a part of endless headers": (IMAGE, raw(b"--limit\r\n" + b"a: b\r\n" * 9999, FORM), 422, "body"),
     "a field in another charset": (IMAGE, raw(PART + PHOTO + LATIN, FORM), 422, "UTF-8"),
-    "no such route": ("/v1/nothing", {}, 404, ""),
+    "no such route": ("/nothing", {}, 404, ""),
 }  # fmt: skip
 
 
@@ -693,7 +693,7 @@ def test_metrics_count_what_was_answered_and_what_was_cut(client: httpx.Client) 
     assert grown["gme_truncated_inputs_total"] == 1
     assert grown["gme_tokens_total"] > 1800 + 2 * 256
     assert grown["gme_queue_seconds_count"] >= grown["gme_batch_inputs_sum"] == 5
-    assert grown["gme_batch_padding_ratio_count"] == grown["gme_model_seconds_count"] == grown["gme_batch_inputs_count"]
+    assert grown["gme_model_seconds_count"] == grown["gme_batch_inputs_count"]
     assert grown["gme_model_seconds_sum"] > 0
     assert grown["http_requests_total handler=/embed/text method=POST status=200"] == 1
     assert grown["http_requests_total handler=/embed/text method=POST status=400"] == 1

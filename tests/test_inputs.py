@@ -160,7 +160,7 @@ def test_a_30_mb_text_costs_no_more_than_its_beginning(text: str) -> None:
     started = time.process_time()
     whole = prepared(gme.Source(text))
     assert time.process_time() - started < 1
-    assert whole.key() == prepared(gme.Source(text[:100_000])).key()
+    assert whole.key == prepared(gme.Source(text[:100_000])).key
 
 
 def test_what_is_cut_is_counted() -> None:
@@ -222,7 +222,7 @@ def test_fewer_image_tokens_change_only_the_images_that_have_more() -> None:
     for size in ((448, 448), (560, 560), (588, 560), (1280, 960)):
         normal, one = (prepared(gme.Source("", save(picture(*size), "PNG")), which) for which in (prepare, fewer))
         if tokens(normal) <= 400:
-            assert one.key() == normal.key()
+            assert one.key == normal.key
         else:
             assert 256 <= tokens(one) <= 400
             assert one.grid[1] / one.grid[0] == pytest.approx(size[0] / size[1], rel=0.1)
@@ -300,7 +300,7 @@ def test_what_is_no_whole_image_of_a_named_format_is_refused_and_its_neighbours_
         good, bad, other = prepare([gme.Source("", PHOTO), gme.Source("", file), gme.Source("a")])
         assert isinstance(bad, gme.InputError), file[:20]
         assert "JPEG, PNG, WEBP" in str(bad)
-        assert [good.key(), other.key()] == [prepared(one).key() for one in (gme.Source("", PHOTO), gme.Source("a"))]
+        assert [good.key, other.key] == [prepared(one).key for one in (gme.Source("", PHOTO), gme.Source("a"))]
 
 
 # --------------------------------------------------------------------------------------------------- hostile images
@@ -448,7 +448,7 @@ def test_the_key_differs_whenever_the_model_sees_something_else() -> None:
         gme.Source(fake + turn + fake),
     ]
     inputs = [prepared(source) for source in sources]
-    assert len({one.key() for one in inputs}) == len(sources)
+    assert len({one.key for one in inputs}) == len(sources)
     assert len({one.token_ids.tobytes() for one in inputs[-3:]}) == 1
 
 
@@ -462,4 +462,4 @@ def test_the_key_is_equal_where_the_model_sees_the_same() -> None:
     ]
     for one, other in pairs:
         first, _, second = prepare([one, gme.Source("a neighbour", PHOTO, QUERY), other])
-        assert first.key() == second.key() == prepared(other).key()
+        assert first.key == second.key == prepared(other).key

@@ -130,11 +130,11 @@ def test_an_instruction_is_computed_once_until_others_take_its_place(computed: l
     model = gme.Model(TOY, CPU, torch.float32)
     (one,), others = inputs(16), prepare([gme.Source("a", None, f"Instruction {n}.") for n in range(40)])
     (long,) = prepare([gme.Source("a", None, "a " * 6000)], max_length=32768)  # too long to keep
-    expected = {other.key(): model.embed([replace(other, shared=0)]) for other in [one, *others, long]}
+    expected = {other.key: model.embed([replace(other, shared=0)]) for other in [one, *others, long]}
 
     def prefix_tokens(one: gme.Input) -> int:
         computed.clear()
-        np.testing.assert_allclose(model.embed([one]), expected[one.key()], atol=1e-6)
+        np.testing.assert_allclose(model.embed([one]), expected[one.key], atol=1e-6)
         return sum(computed) - one.cost
 
     assert [prefix_tokens(x) for x in (one, long, long, one)] == [len(x.prefix) for x in (one, long, long)] + [0]

@@ -33,12 +33,12 @@ from dataclasses import dataclass, field, replace
 from http import HTTPMethod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
 import torch
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -276,7 +276,7 @@ class Input:
     key: bytes = field(init=False, repr=False)  # a digest of all that the embedding depends on
 
     def __post_init__(self) -> None:
-        digest = hashlib.blake2b(repr((self.image_start, self.grid)).encode() + self.token_ids.tobytes())
+        digest = hashlib.sha256(repr((self.image_start, self.grid)).encode() + self.token_ids.tobytes())
         digest.update(b"" if self.patches is None else self.patches.data)
         self.key = digest.digest()
 
@@ -738,30 +738,41 @@ QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
-Order = tuple[int, int]  # (clock at arrival + rank in its request, number of the request): the lowest goes first
 ENDING = "The service is ending: try again in a moment."
+Order = tuple[int, int]  # (clock at arrival + rank in its request, number of the request): the lowest goes first
+Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
+Future = asyncio.Future[Embedding]
+
+
+class Unprepared(NamedTuple):
+    order: Order
+    arrived: float
+    source: Source
+    future: Future
 
 
 @dataclass(slots=True)
-class Waiting:
-    """An input that is ready for the model. All who want its embedding, or why there is none, have a future."""
+class Ready:
+    """An input that waits for the model."""
 
     input: Input
     order: Order
-    futures: list[asyncio.Future[Any]]
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived: float
+    futures: dict[Future, str]  # of all who want its embedding; and what an error begins with
 
     @property
     def wanted(self) -> bool:
         return not all(future.done() for future in self.futures)
 
 
-def checked(sources: Sequence[Source], results: Sequence[Any]) -> list[Any]:
-    """The results, when none is an error. Raises the first that is one, with the name of its source."""
-    for source, result in zip(sources, results, strict=True):
+def settle(futures: Mapping[Future, str], result: Embedding | ServiceError) -> None:
+    for future, name in futures.items():
+        if future.done():
+            continue
         if isinstance(result, ServiceError):
-            raise type(result)(f"{source.name}{result}")
-    return list(results)
+            future.set_exception(type(result)(f"{name}{result}"))
+        else:
+            future.set_result(result)
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
@@ -802,15 +813,19 @@ class Batcher:
         self.on_death: Callable[[], object] = lambda: None
         self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
         self.threads, self.model_thread = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
-        self.tasks: set[asyncio.Task[Any]] = set()  # one for each chunk of the requests under way
-        self.turns: list[tuple[Order, asyncio.Future[None]]] = []  # a heap: which chunk is prepared next
-        self.preparing: set[asyncio.Future[None]] = set()  # the turns that are taken
-        self.ready: dict[bytes, Waiting] = {}  # by key of the input: equal ones are computed once
-        self.computing: dict[bytes, Waiting] = {}  # the batch under way
-        self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self.depth = 0  # inputs of the requests under way
+        self.unprepared: list[Unprepared] = []  # a heap
+        self.preparing: list[Order] = []  # the lowest of each chunk under way
+        self.ready: dict[bytes, Ready] = {}  # by key of the input: equal ones are computed once
+        self.computing: dict[bytes, Ready] = {}  # the batch under way
+        self.cache: OrderedDict[bytes, Embedding] = OrderedDict()
+        self.open: set[Future] = set()  # of the requests under way
         self.clock = self.requests = 0  # how far the queue has got, in inputs; requests so far
         self.changed, self.alive = asyncio.Event(), True
+
+    @property
+    def depth(self) -> int:
+        """Inputs of the requests under way."""
+        return len(self.open)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
         """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
@@ -823,100 +838,100 @@ class Batcher:
         if self.depth + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
         self.requests += 1
-        self.depth += len(sources)
-        in_order = sorted(range(len(sources)), key=lambda index: sources[index].weight)
-        sums = itertools.accumulate(sources[index].weight for index in in_order)
-        groups = itertools.groupby(zip(in_order, sums, strict=True), lambda pair: pair[1] // CHUNK_WEIGHT)
-        tasks, rank = [], self.clock
-        for chunk in ([sources[index] for index, _ in group] for _, group in groups):
-            tasks.append(asyncio.create_task(self.embed_chunk(chunk, (rank, self.requests))))
-            rank += len(chunk)
-        self.tasks.update(tasks)
+        loop, arrived = asyncio.get_running_loop(), time.perf_counter()
+        futures: list[Future] = [loop.create_future() for _ in sources]
+        shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
+        for rank, (source, future) in enumerate(shortest_first):
+            order = (self.clock + rank, self.requests)
+            heapq.heappush(self.unprepared, Unprepared(order, arrived, source, future))
+        self.open.update(futures)
+        self.notify()
         try:
-            found = [one for chunk in await asyncio.gather(*tasks) for one in chunk]
-        except asyncio.CancelledError:
-            if self.alive:
-                raise
-            raise BusyError(ENDING) from None
+            embeddings = await asyncio.gather(*futures)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            self.unprepared = [one for one in self.unprepared if not one.future.done()]
+            heapq.heapify(self.unprepared)
+            self.notify()
+            raise
         finally:
-            self.depth -= len(sources)
-            self.tasks.difference_update(tasks)
-            for task in tasks:
-                task.cancel()
-        embeddings = np.array([embedding for embedding, _ in found])
-        return embeddings[np.argsort(in_order)], sum(tokens for _, tokens in found)
-
-    async def embed_chunk(self, sources: Sequence[Source], order: Order) -> list[tuple[np.ndarray, int]]:
-        """The embedding of each source of a part of a request, and how many tokens it has."""
-        loop, turn = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-        heapq.heappush(self.turns, (order, turn))
-        self.pass_turn()
-        try:
-            await turn
-            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, sources)
-            inputs: list[Input] = checked(sources, prepared)
-            futures = [self.enqueue(one, (order[0] + rank, order[1])) for rank, one in enumerate(inputs)]
-            self.pass_turn(turn)
-            embeddings = checked(sources, await asyncio.gather(*futures))
-            return [(embedding, len(one.token_ids)) for embedding, one in zip(embeddings, inputs, strict=True)]
-        finally:
-            self.pass_turn(turn)
-
-    def pass_turn(self, turn: asyncio.Future[None] | None = None) -> None:
-        """Let the next chunks be prepared, in order: none while AHEAD_BATCHES batches that go before it are ready."""
-        self.preparing.discard(turn)
-        while self.turns and len(self.preparing) < PREPARE_THREADS:
-            order, following = self.turns[0]
-            before = (one.input.cost for one in self.ready.values() if one.order < order and one.wanted)
-            if not following.done() and sum(before) >= AHEAD_BATCHES * self.max_tokens:
-                break
-            heapq.heappop(self.turns)
-            if not following.done():
-                self.preparing.add(following)
-                following.set_result(None)
-
-    def enqueue(self, one: Input, order: Order) -> asyncio.Future[Any]:
-        """The future embedding of an input, which is computed unless it is known or an equal one waits."""
-        future = asyncio.get_running_loop().create_future()
-        if one.key in self.cache:
-            CACHE_HITS.inc()
-            self.cache.move_to_end(one.key)
-            future.set_result(self.cache[one.key])
-        elif waiting := self.computing.get(one.key) or self.ready.get(one.key):
-            waiting.order = min(waiting.order, order)
-            waiting.futures.append(future)
-        else:
-            self.ready[one.key] = Waiting(one, order, [future])
-            self.changed.set()
-        return future
+            self.open.difference_update(futures)
+        return np.array([embedding for embedding, _ in embeddings]), sum(tokens for _, tokens in embeddings)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests for as long as this context lasts."""
-        task = asyncio.create_task(self.compute_batches())
-        task.add_done_callback(self.end)
+        loops = [self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS))]
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in tasks:
+            task.add_done_callback(self.end)
         yield
-        task.cancel()
-        await asyncio.wait([task])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
     def end(self, task: asyncio.Task[None]) -> None:
         """No request can be answered any more."""
         self.alive = False
-        for chunk in self.tasks:
-            chunk.cancel()
+        settle(dict.fromkeys(self.open, ""), BusyError(ENDING))
         if not task.cancelled():
             log.critical("The batcher has ended.", exc_info=task.exception())
             self.on_death()
+
+    def notify(self) -> None:
+        """Wake the loops below, to see whether there is something to do."""
+        self.changed.set()
+        self.changed.clear()
+
+    async def prepare_ahead(self) -> None:
+        """Prepare chunk after chunk; a few of these loops run side by side."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not (chunk := self.next_chunk()):
+                await self.changed.wait()
+            self.preparing.append(chunk[0].order)
+            sources = [one.source for one in chunk]
+            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, sources)
+            self.preparing.remove(chunk[0].order)
+            for (order, arrived, source, future), one in zip(chunk, prepared, strict=True):
+                if isinstance(one, ServiceError):
+                    settle({future: source.name}, one)
+                elif one.key in self.cache:
+                    CACHE_HITS.inc()
+                    self.cache.move_to_end(one.key)
+                    settle({future: source.name}, self.cache[one.key])
+                elif equal := self.computing.get(one.key) or self.ready.get(one.key):
+                    equal.order = min(equal.order, order)
+                    equal.futures[future] = source.name
+                else:
+                    self.ready[one.key] = Ready(one, order, arrived, {future: source.name})
+            self.notify()
+
+    def next_chunk(self) -> list[Unprepared]:
+        """The next to prepare, in order: none while AHEAD_BATCHES batches that go before it are ready."""
+        chunk: list[Unprepared] = []
+        if not self.unprepared:
+            return chunk
+        costs = sorted((one.order, one.input.cost) for one in self.ready.values() if one.wanted)
+        sums, enough = itertools.accumulate(cost for _, cost in costs), AHEAD_BATCHES * self.max_tokens
+        last = next((order for (order, _), tokens in zip(costs, sums, strict=True) if tokens >= enough), (math.inf, 0))
+        weight = 0
+        while self.unprepared and self.unprepared[0].order <= last:
+            weight += self.unprepared[0].source.weight
+            if chunk and weight > CHUNK_WEIGHT:
+                break
+            chunk.append(heapq.heappop(self.unprepared))
+        return chunk
 
     async def compute_batches(self) -> None:
         """Compute batch after batch."""
         loop = asyncio.get_running_loop()
         while True:
             while not (batch := self.next_batch()):
-                self.changed.clear()
                 await self.changed.wait()
             self.computing = {one.input.key: one for one in batch}
-            self.pass_turn()  # there is room to prepare more
+            self.notify()  # there is room to prepare more
             inputs = [one.input for one in batch]
             with MODEL_SECONDS.time():
                 results = await loop.run_in_executor(self.model_thread, isolate, self.compute, inputs)
@@ -924,15 +939,15 @@ class Batcher:
                 if isinstance(result, np.ndarray) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
                     log.error(str(result))
-                if isinstance(result, np.ndarray) and self.cache_entries:
-                    self.cache[one.input.key] = result.copy()  # and not a row that keeps its whole batch in memory
-                for future in (future for future in one.futures if not future.done()):
-                    future.set_result(result)
+                if isinstance(result, np.ndarray):
+                    result = result.copy(), len(one.input.token_ids)  # a row would keep its whole batch in memory
+                    self.cache[one.input.key] = result
+                settle(one.futures, result)
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
             self.computing = {}
 
-    def next_batch(self) -> list[Waiting]:
+    def next_batch(self) -> list[Ready]:
         """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
 
         Candidates follow in order, share its instruction and fit into the batch's tokens. Taken are the most of them,
@@ -953,7 +968,9 @@ class Batcher:
             num_padded = count * longest
             if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
                 size = count
-        self.clock = max(self.clock + 1, first.order[0])  # from which new requests are numbered
+        # New requests are numbered from the lowest order that is not computed, which rises with every batch.
+        waiting = [first.order, *self.preparing, *(one.order for one in self.unprepared[:1])]
+        self.clock = max(self.clock + 1, min(waiting)[0])
         BATCH_INPUTS.observe(size)
         for one in fitting[:size]:
             QUEUE_SECONDS.observe(time.perf_counter() - one.arrived)
@@ -1217,13 +1234,12 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         for kind in (InputError, KeyRefusedError, TooLargeError, MalformedError, ServiceError, BusyError)
     }
     key = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
-    ours = APIRouter(tags=["Embeddings"], dependencies=key, responses=errors)
-    openai = APIRouter(prefix="/v1", tags=["OpenAI's API"], dependencies=key, responses=errors)
-    state_routes = APIRouter(tags=["State"])
+    ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
+    openai: dict[str, Any] = {"tags": ["OpenAI's API"], "dependencies": key, "responses": errors}
     vector, most = [0.0134, -0.0127, 0.0451], min(settings.max_inputs, settings.max_queue)
     vectors, vector_list = {"embeddings": [vector]}, {"object": "list", "data": [{"index": 0, "embedding": vector}]}
 
-    @ours.post("/embed/text", openapi_extra=described(Texts, "application/json", vectors))
+    @app.post("/embed/text", **ours, openapi_extra=described(Texts, "application/json", vectors))
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, settings.max_inputs)
@@ -1232,7 +1248,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         embeddings, _ = await embed(request, batcher, sources, most)
         return json_response({"embeddings": embeddings})
 
-    @ours.post("/embed/image", openapi_extra=described(ImageForm, "multipart/form-data", vectors))
+    @app.post("/embed/image", **ours, openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         files, fields = await read_form(request, most)
@@ -1242,7 +1258,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         embeddings, _ = await embed(request, batcher, sources, most)
         return json_response({"embeddings": embeddings})
 
-    @openai.post("/embeddings", openapi_extra=described(OpenAIRequest, "application/json", vector_list))
+    @app.post("/v1/embeddings", **openai, openapi_extra=described(OpenAIRequest, "application/json", vector_list))
     async def openai_embeddings(request: Request) -> Response:
         """OpenAI's list object, with one embedding per input in their order."""
         body = await read_json(request, OpenAIRequest, settings.max_inputs)
@@ -1257,14 +1273,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @openai.get("/models")
+    @app.get("/v1/models", **openai)
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
         entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
         more = {"dimension": model.dimension, "max_length": settings.max_length}
         return json_response({"object": "list", "data": [entry | more]})
 
-    @state_routes.get("/health")
+    @app.get("/health", tags=["State"])
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         status = "ok" if batcher.alive else "the batcher has ended"
@@ -1275,8 +1291,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def root() -> Response:
         return RedirectResponse("docs")
 
-    for router in (ours, openai, state_routes):
-        app.include_router(router)
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets

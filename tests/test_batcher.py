@@ -21,7 +21,7 @@ import gme_service as gme
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
 Make = Callable[..., Awaitable["Rig"]]
-PATIENCE = 30  # seconds after which a thread that hangs gives up
+PATIENCE = 10  # seconds after which a thread or a test that hangs gives up
 
 
 def text(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
@@ -126,9 +126,10 @@ class Rig:
         self.changed.set()
 
     async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():
-            self.changed.clear()
-            await self.changed.wait()
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
 
     async def submit(self, *sources: gme.Source) -> asyncio.Task[tuple[np.ndarray, int]]:
         """A request that is in the queue, or refused, when this returns."""

@@ -2,7 +2,7 @@
 
 What flows through it: `Source`, what a client sent (text, image bytes, an instruction); `Input`, what the model reads
 (token ids, pixel patches); and an embedding, the L2-normalised float32 vector of the model's authors. Where a rule is
-theirs, the docstring says so. What is protected against, and what is left to others, stands at the top of room 6.
+theirs, the docstring says so. What is protected against, and what is left to others, stands at the top of section 6.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -69,7 +70,7 @@ class StartError(Exception):
 
 
 class HubError(StartError):
-    exit_code = 1  # the hub may be back when systemd starts the service again
+    exit_code = 1  # unlike a setting, the hub may be right when systemd starts the service again
 
 
 class ServiceError(Exception):
@@ -79,7 +80,7 @@ class ServiceError(Exception):
 
 
 class InputError(ServiceError):
-    status, example = 400, "Input 2: the image cannot be decoded: send a whole file."
+    status, example = 400, "The request has no input: send at least one."
 
 
 class KeyRefusedError(ServiceError):
@@ -87,7 +88,7 @@ class KeyRefusedError(ServiceError):
 
 
 class TooLargeError(ServiceError):
-    status, example = 413, "The request has 3000 inputs: send at most 2048."
+    status, example = 413, "The request has more than 2048 inputs: send fewer."
 
 
 class MalformedError(ServiceError):
@@ -127,8 +128,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
         known = [f"GME_{name.upper()}" for name in cls.model_fields]
-        unknown = {name for name in os.environ if name.startswith("GME_")} - set(known)
-        nearest = {name: difflib.get_close_matches(name, known, 1) or known for name in unknown}
+        unknown = [name for name in os.environ if name.upper().startswith("GME_") and name.upper() not in known]
+        nearest = {name: difflib.get_close_matches(name.upper(), known, 1) or known for name in unknown}
         faults = [f"{name} is not a setting: use {' or '.join(names)}." for name, names in nearest.items()]
         try:
             settings = cls()
@@ -140,7 +141,7 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
         if faults:
             raise StartError("\n".join(faults))
-        if "GME_API_KEY" in os.environ and not settings.api_key:
+        if "GME_API_KEY" in map(str.upper, os.environ) and not settings.api_key:
             log.warning("GME_API_KEY is empty: every client is served.")
         return settings
 
@@ -167,14 +168,18 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def file_sum(path: Path) -> str:
-    return hashlib.file_digest(path.open("rb"), "sha256").hexdigest() if path.exists() else "missing"
+def file_sums(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file that a start reads, by its name."""
+    index = directory / "model.safetensors.index.json"
+    paths = [*(directory / name for name in CONFIGS), *([index] if index.exists() else []), *weight_files(directory)]
+    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths if path.exists()}
 
 
 def download(settings: Settings, directory: Path, compare: bool = False) -> None:
     """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums.
 
-    With `compare`, also what is there and differs from the hub's. Raises `HubError`.
+    With `compare`, also what is there and differs from the hub's. Raises `HubError`, or `StartError` for a directory
+    that cannot be written and a model that the hub does not have.
     """
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
@@ -184,6 +189,9 @@ def download(settings: Settings, directory: Path, compare: bool = False) -> None
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error}.") from None
+    try:
         with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
             if is_complete(directory) and not compare:
                 return
@@ -193,12 +201,14 @@ def download(settings: Settings, directory: Path, compare: bool = False) -> None
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            paths = sorted([*(directory / name for name in CONFIGS), *weight_files(directory)])
-            (directory / SUMS).write_text("".join(f"{file_sum(path)}  {path.name}\n" for path in paths))
+            noted = directory / f"{SUMS}.part"
+            noted.write_text("".join(f"{x}  {name}\n" for name, x in file_sums(directory).items()))
+            noted.replace(directory / SUMS)
     except Exception as error:  # the client raises many kinds; the second of its many lines names the file that failed
         reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
         hub = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
-        raise HubError(
+        unknown = getattr(getattr(error, "response", None), "status_code", None) == 404
+        raise (StartError if unknown else HubError)(
             f"Downloading {settings.model_id} from {hub} into {directory} failed ({reason}). Start again to go on where"
             " the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a directory that has"
             f" them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
@@ -216,14 +226,23 @@ def find_checkpoint(settings: Settings) -> Path:
 def verify(settings: Settings) -> str:
     """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
 
-    Returns a sentence when all agree. Raises `StartError` with one that says which to delete, or `HubError`.
+    Returns a sentence when all agree, or when the hub's files have taken the place of those that differed. Raises
+    `StartError` with one that says which to delete, or `HubError`.
     """
     directory = settings.model_dir / settings.model_id
-    if not (directory / SUMS).exists():
+    noted_before = (directory / SUMS).exists()
+    if not noted_before and not is_complete(directory):
+        raise StartError(f"There is no complete checkpoint in {directory} yet: start the service to fetch it.")
+    found = file_sums(directory)
+    if not noted_before:
         download(settings, directory, compare=True)
-    noted = (line.split("  ", 1) for line in (directory / SUMS).read_text().splitlines())
-    if wrong := [name for digest, name in noted if digest != file_sum(directory / name)]:
-        raise StartError(f"Changed since they came: {', '.join(wrong)}. Delete them in {directory}, and start again.")
+    lines = (line.partition(" ") for line in (directory / SUMS).read_text().splitlines())
+    noted = {name.lstrip(" *"): digest for digest, _, name in lines}
+    wrong = ", ".join(sorted(name for name in found.keys() | noted.keys() if found.get(name) != noted.get(name)))
+    if wrong and noted_before:
+        raise StartError(f"Changed since they came, or missing: {wrong}. Delete them in {directory}, and start again.")
+    if wrong:
+        return f"Other than the hub's, and fetched again into {directory}: {wrong}."
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
@@ -254,7 +273,7 @@ class Source:
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
-    name: str = ""  # which an error begins with; empty: its position
+    name: str = ""  # what an error begins with
 
     @property
     def weight(self) -> int:
@@ -321,8 +340,11 @@ def upright(image: Image.Image) -> Image.Image:
     rgb.load()  # a PNG may have its EXIF behind the pixels
     if len(image.info.get("exif", b"")) > MAX_EXIF:
         raise ValueError("The EXIF data are too large.")
-    orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if orientation in range(2, 9) else rgb
+    orientation: Any = None
+    with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    turned = isinstance(orientation, int) and 2 <= orientation <= 8
+    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if turned else rgb
 
 
 def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
@@ -351,7 +373,8 @@ class Preparer:
         """For each source its `Input`, or the error that says why there is none."""
         images = ["" if source.image is None else IMAGE_PLACE for source in sources]
         pairs = zip(sources, images, strict=True)
-        prompts = [SYSTEM_PART.format(source.instruction) + image + source.text + END for source, image in pairs]
+        cut = slice(self.max_chars)  # before long strings are put together, for each of the sources
+        prompts = [SYSTEM_PART.format(one.instruction[cut]) + image + one.text[cut] + END for one, image in pairs]
         results: list[Input | ServiceError] = []
         for source, token_ids in zip(sources, self.encode(prompts), strict=True):
             try:
@@ -386,15 +409,15 @@ class Preparer:
     def read_image(self, data: bytes) -> Image.Image:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
         try:
-            scans = JPEG_SCAN.split(data, MAX_SCANS) if data.startswith(b"\xff\xd8") else []
-            if len(scans) > MAX_SCANS or (scans and scans[0].count(b"Exif\0\0") > 8):
+            head, *scans = JPEG_SCAN.split(data, MAX_SCANS + 1) if data.startswith(b"\xff\xd8") else [b""]
+            if len(scans) > MAX_SCANS or head.count(b"Exif\0\0") > 8:
                 raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
             if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
                 data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
             with Image.open(file := ImageFile(data), formats=FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
-                    raise Image.DecompressionBombError
+                    raise Image.DecompressionBombError  # as Pillow does
                 file.deadline += pixels / PIXELS_PER_SECOND
                 with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
                     self.decoding.wait_for(lambda: self.free_pixels >= pixels)
@@ -409,8 +432,7 @@ class Preparer:
             raise
         except Image.DecompressionBombError:
             limits = f"{self.max_pixels} pixels in all and {MAX_SIDE} on a side"
-            sentence = f"The image has more pixels than are accepted ({limits}): scale it down first."
-            raise TooLargeError(sentence) from None
+            raise TooLargeError(f"The image has more pixels than are accepted ({limits}): scale it down.") from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
         raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")
@@ -456,8 +478,7 @@ class Weights:
         return found.to(self.device, dtype or self.dtype, copy=copy)
 
     def linear(self, name: str, rows: int, columns: int, bias: bool = False) -> Linear:
-        copy = self.linear_type is Linear  # another type lays the weight out anew, which is a copy anyway
-        weight = self(f"{name}.weight", rows, columns, copy=copy)
+        weight = self(f"{name}.weight", rows, columns, copy=self.linear_type is Linear)  # another type makes its own
         return self.linear_type(weight, self(f"{name}.bias", rows) if bias else None)
 
     def norm(self, name: str, width: int, function: Function, eps: float) -> Function:
@@ -482,7 +503,7 @@ class VisionTower:
     """Qwen2-VL's vision transformer: the patches of images to the embeddings of their tokens."""
 
     def __init__(self, config: Mapping[str, Any], processor: Mapping[str, Any], weights: Weights) -> None:
-        width, self.heads = config["embed_dim"], config["num_heads"]
+        width, self.heads, self.dtype = config["embed_dim"], config["num_heads"], weights.dtype
         self.pairs = width // self.heads // 4  # of numbers in a head, for the row and for the column each
         self.mean, self.std = processor["image_mean"], processor["image_std"]
         patch = weights("visual.patch_embed.proj.weight", width, 3, 2, PATCH, PATCH, dtype=torch.float32)
@@ -504,9 +525,7 @@ class VisionTower:
         self.merger_in = linear("visual.merger.mlp.0", 4 * width, 4 * width, bias=True)
         self.merger_out = linear("visual.merger.mlp.2", config["hidden_size"], 4 * width, bias=True)
 
-    def __call__(
-        self, patches: Tensor, grids: Sequence[tuple[int, int]], dtype: torch.dtype, attend: Function
-    ) -> Tensor:
+    def __call__(self, patches: Tensor, grids: Sequence[tuple[int, int]], attend: Function) -> Tensor:
         """Token embeddings (P / 4, D) of the uint8 patches (P, 588) of images with these grids of patches."""
         mean, std = (torch.tensor(x, device=patches.device)[:, None] for x in (self.mean, self.std))
         pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
@@ -514,15 +533,15 @@ class VisionTower:
         angles = torch.cat([self.angles(*grid) for grid in grids]).to(hidden.device)[:, None, None]
         lengths = [rows * columns for rows, columns in grids]
         for block in self.blocks:
-            qkv = block.qkv(block.norm1(hidden).to(dtype)).unflatten(1, (3, self.heads, -1))
+            qkv = block.qkv(block.norm1(hidden).to(self.dtype)).unflatten(1, (3, self.heads, -1))
             qkv[:, :2] = rotate(qkv[:, :2], angles)
             images = qkv.permute(1, 2, 0, 3).split(lengths, 2)  # (3, heads, patches, head_dim) each
             attended = torch.cat([attend(*image) for image in images], 1)
             hidden += block.proj(attended.transpose(0, 1).flatten(1))
             for rows in hidden.split(512):  # what lies between the two products stays in the cache: 4 % of an image
-                inner = block.fc1(block.norm2(rows).to(dtype))
+                inner = block.fc1(block.norm2(rows).to(self.dtype))
                 rows += block.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
-        merged = self.merger_norm(hidden).to(dtype).unflatten(0, (-1, 4)).flatten(1)
+        merged = self.merger_norm(hidden).to(self.dtype).unflatten(0, (-1, 4)).flatten(1)
         return self.merger_out(functional.gelu(self.merger_in(merged)))
 
     def angles(self, rows: int, columns: int) -> Tensor:
@@ -650,8 +669,9 @@ class Model:
         try:
             self.vision = VisionTower(config["vision_config"], processor, weights)
             self.decoder = Decoder(config.get("text_config", config), weights)
-        except KeyError as error:
-            raise StartError(f"{directory} is no Qwen2-VL checkpoint: its configuration has no {error}.") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            fault = f"its configuration cannot be used ({error!r})"
+            raise StartError(f"{directory} is no Qwen2-VL checkpoint: {fault}.") from None
         self.dimension = self.decoder.embedding.shape[1]
         self.kept_prefix = functools.lru_cache(16)(self.prefix)
 
@@ -683,7 +703,7 @@ class Model:
         if patches := [one.patches for one in inputs if one.patches is not None]:
             images = [(row, one) for row, one in enumerate(inputs) if one.patches is not None]
             pixels = torch.from_numpy(np.concatenate(patches)).to(self.device)
-            tokens = self.vision(pixels, [one.grid for _, one in images], self.dtype, self.attend)
+            tokens = self.vision(pixels, [one.grid for _, one in images], self.attend)
             for (row, one), image in zip(images, tokens.split([len(x) // 4 for x in patches]), strict=True):
                 hidden[row, one.image_start - shared :][: len(image)] = image
         key_values = self.kept_prefix if len(prefix) <= MAX_KEPT_PREFIX else self.prefix
@@ -760,7 +780,7 @@ class Ready:
     input: Input
     order: Order
     arrived: float
-    futures: dict[Future, str]  # of all who want its embedding; and what an error begins with
+    futures: dict[Future, str]  # of all who want its embedding, each with what its error begins with
 
     @property
     def wanted(self) -> bool:
@@ -874,7 +894,7 @@ class Batcher:
         await asyncio.wait(tasks)
 
     def end(self, task: asyncio.Task[None]) -> None:
-        """No request can be answered any more."""
+        """A task has ended, by a fault or with the service: no request can be answered any more."""
         self.alive = False
         settle(dict.fromkeys(self.open, ""), BusyError(ENDING))
         if not task.cancelled():
@@ -941,9 +961,8 @@ class Batcher:
                 if isinstance(result, np.ndarray) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
                     log.error(str(result))
-                if isinstance(result, np.ndarray):
-                    result = result.copy(), len(one.input.token_ids)  # a row would keep its whole batch in memory
-                    self.cache[one.input.key] = result
+                if isinstance(result, np.ndarray):  # a row of it would keep its whole batch in memory
+                    result = self.cache[one.input.key] = result.copy(), len(one.input.token_ids)
                 settle(one.futures, result)
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
@@ -983,9 +1002,9 @@ class Batcher:
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 #
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Room 3 bounds images, room 5 faults of inputs.
-# Left to the proxy (deploy/nginx.conf): slow clients, dead connections, floods of pipelined requests, TLS; to uvicorn's
-# h11: floods of headers; to systemd: memory that runs away.
+# JSON and forms of millions of parts; too many inputs; a full queue. Section 3 bounds images, section 5 the harm that an
+# input does to others. Left to the proxy (deploy/nginx.conf): slow clients, dead connections, floods of pipelined
+# requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
 
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
@@ -995,12 +1014,15 @@ OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what 
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
 LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
 FORM = (
-    "body: send a multipart form in UTF-8 with one or more files in the field `file` (with curl: -F file=@photo.jpg)."
+    "body: send a multipart form in UTF-8 with one or more files in the field `file` (with curl: -F file=@photo.jpg),"
+    " and no other fields than `text` and `prompt`, once each."
 )
-DATA_URI = re.compile(r"data:(\w+)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-HARMLESS = {"normalized": True, "embedding_type": "float", "truncate": True}  # clients send them, and they hold anyway
+DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
+# clients send these values, which hold anyway
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False}
 INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
-INSTEAD["messages"] = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
+ITEM = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
+INSTEAD |= {"messages": ITEM, "modality": ITEM}
 PROMPT = "The instruction: give one with queries, none with documents."
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # of a pixel
 EXAMPLE = ["a red circle", {"image": f"data:image/png;base64,{PNG}"}]
@@ -1020,7 +1042,7 @@ class ImageForm(BaseModel):
 
 
 class OpenAIRequest(BaseModel, json_schema_extra={"examples": [{"input": EXAMPLE}]}):
-    input: str | list[Any] = Field(description=OPENAI_INPUT, examples=[EXAMPLE])
+    input: Any = Field(description=OPENAI_INPUT, examples=[EXAMPLE])
     model: str | None = Field(None, description="Any name: there is one model.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Only the model's own.")
@@ -1043,20 +1065,24 @@ def route_path(request: Request) -> str:
     return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
-def error_response(request: Request, error: ServiceError) -> Response:
+def error_response(request: Request, status: int, sentence: str, more: Mapping[str, str] | None = None) -> Response:
     """`detail` for our clients and those made for Jina's service; on OpenAI's routes also `error`, for theirs."""
-    body: dict[str, Any] = {"detail": str(error)}
+    body: dict[str, Any] = {"detail": sentence}
     if route_path(request).startswith("/v1/"):
-        kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
-        body["error"] = {"message": str(error), "type": kind.get(error.status, "invalid_request_error"), "code": None}
+        types = {401: "authentication_error", 500: "server_error", 503: "server_error"}
+        body["error"] = {"message": sentence, "type": types.get(status, "invalid_request_error"), "code": None}
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-    return json_response(body, error.status, headers.get(error.status))
+    return json_response(body, status, headers.get(status, more))
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # which nobody reads
-    return error_response(request, error if isinstance(error, ServiceError) else ServiceError(ServiceError.example))
+    if isinstance(error, HTTPException):  # FastAPI's own, for a route or a method that there is not
+        return error_response(request, error.status_code, error.detail, error.headers)
+    if isinstance(error, ServiceError):
+        return error_response(request, error.status, str(error))
+    return error_response(request, ServiceError.status, ServiceError.example)
 
 
 class Guard:
@@ -1105,7 +1131,8 @@ class Guard:
 
         refusal = self.refusal(request)
         try:
-            await (error_response(request, refusal) if refusal else self.app)(scope, receive_counted, send_and_drain)
+            app = error_response(request, refusal.status, str(refusal)) if refusal else self.app
+            await app(scope, receive_counted, send_and_drain)
         finally:
             self.open_bytes -= held
 
@@ -1115,7 +1142,7 @@ class Guard:
         if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
             return MalformedError("The request has a method that HTTP does not know.")
         if self.key and path not in OPEN_PATHS and not path.startswith("/docs/static"):
-            same = secrets.compare_digest(key.strip().encode("latin-1"), self.key.encode())
+            same = secrets.compare_digest(key.strip(" \t").encode("latin-1"), self.key.encode())
             if scheme.lower() != "bearer" or not same:
                 return KeyRefusedError(KeyRefusedError.example)
         return self.too_large if int(request.headers.get("content-length", "0")) > self.max_body else None
@@ -1132,10 +1159,15 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
         values = orjson.loads(body)
     except ValueError as error:
         raise MalformedError(f"body: it is not JSON in UTF-8 ({error}).") from None
-    for name, value in values.items() if isinstance(values, dict) else ():
-        if name not in kind.model_fields and value is not None and HARMLESS.get(name) != value:
-            instead = INSTEAD.get(name, ", ".join(kind.model_fields))
-            raise MalformedError(f"{name[:50]} is not a field of this route: use {instead}.")
+    if not isinstance(values, dict):
+        raise MalformedError(f"body: send a JSON object with the fields {', '.join(kind.model_fields)}.")
+    for name, value in values.items():
+        if name in kind.model_fields or value is None or IGNORED.get(name) == value:
+            continue
+        if name in IGNORED:
+            raise MalformedError(f"{name} can only be {json.dumps(IGNORED[name])}: leave it out.")
+        instead = INSTEAD.get(name, ", ".join(kind.model_fields))
+        raise MalformedError(f"{name[:50]} is not a field of this route: use {instead}.")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -1159,19 +1191,20 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
         if not ends:
             raise ValueError("it ends before its last boundary")
         found: list[Any] = [part for part in parts if isinstance(part, multipart.File) and part.field_name == b"file"]
+        others: list[Any] = [part for part in parts if isinstance(part, multipart.Field)]
+        fields = {part.field_name: part.value or b"" for part in others if part.field_name in (b"text", b"prompt")}
+        if not found or len(found) + len(fields) < len(parts):
+            raise MalformedError(FORM)
         files = [((file.file_name or b"").decode(errors="replace"), file.file_object.getvalue()) for file in found]
-        fields = {part.field_name: (part.value or b"").decode() for part in parts if isinstance(part, multipart.Field)}
+        return files, {name: value.decode() for name, value in fields.items()}
     except ValueError as error:
         raise MalformedError(f"{FORM} What came cannot be read: {error}.") from None
-    if not files or len(files) + len(fields) < len(parts) or not fields.keys() <= {b"text", b"prompt"}:
-        raise MalformedError(FORM)
-    return files, fields
 
 
 def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
     if isinstance(item, str):
-        item = {"image": item} if DATA_URI.match(item, 0, 200) else {"text": item}
+        item = {"image": item} if DATA_URI.match(item) else {"text": item}
     valid = isinstance(item, dict) and item.keys() <= {"text", "image"} and any(x is not None for x in item.values())
     if not valid or not all(isinstance(value, str | None) for value in item.values()):
         either = "send a text, or an object with `text`, `image` or both"
@@ -1179,10 +1212,11 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     text, image = item.get("text") or "", item.get("image")
     if image is None:
         return Source(text, None, instruction, name)
-    uri = DATA_URI.match(image, 0, 200)
+    uri = DATA_URI.match(image)
     encoded = image[uri.end() if uri else 0 :].encode(errors="replace").translate(None, b" \t\r\n")
     try:
-        if uri and uri[1].lower() != "image":
+        head = uri[1].lower().replace(" ", "") if uri else "image/;base64"
+        if not head.startswith("image/") or not head.endswith(";base64"):
             raise ValueError("It is another kind of data URI.")
         return Source(text, base64.b64decode(encoded, validate=True), instruction, name)
     except ValueError:
@@ -1192,24 +1226,24 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
 def check_count(inputs: int, most: int) -> None:
     """Raises `InputError` or `TooLargeError`."""
     if not inputs:
-        raise InputError("The request has no input: send at least one.")
+        raise InputError(InputError.example)
     if inputs > most:
-        raise TooLargeError(f"The request has {inputs} inputs: send at most {most}.")
+        raise TooLargeError(f"The request has more than {most} inputs: send fewer.")
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
     check_count(len(sources), most)
     answer = asyncio.ensure_future(batcher.embed(sources))
-    gone = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientDisconnect
         embeddings, tokens = answer.result()
     finally:
         answer.cancel()
-        gone.cancel()
+        disconnect.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
     TOKENS.inc(tokens)
@@ -1227,7 +1261,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         version=__version__,
         description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
         lifespan=lambda _: batcher.running(),
-        exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, Exception), on_error),
+        exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, HTTPException, Exception), on_error),
         redoc_url=None,
         static_url="/docs/static",
     )
@@ -1255,8 +1289,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         files, fields = await read_form(request, most)
         text, prompt = fields.get(b"text", ""), fields.get(b"prompt") or DEFAULT_INSTRUCTION
-        numbered = enumerate(files, start=1)
-        sources = [Source(text, content, prompt, f"File {number} ({name}): ") for number, (name, content) in numbered]
+        names = [f"File {number} ({name[:50]}): " for number, (name, _) in enumerate(files, start=1)]
+        sources = [Source(text, content, prompt, name) for name, (_, content) in zip(names, files, strict=True)]
         embeddings, _ = await embed(request, batcher, sources, most)
         return json_response({"embeddings": embeddings})
 
@@ -1266,7 +1300,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         body = await read_json(request, OpenAIRequest, settings.max_inputs)
         if body.dimensions not in (None, model.dimension):
             raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
-        items = [body.input] if isinstance(body.input, str) else body.input
+        items = body.input if isinstance(body.input, list) else [body.input]
         prompt = body.prompt or DEFAULT_INSTRUCTION
         sources = [read_item(item, f"Input {number}: ", prompt) for number, item in enumerate(items, start=1)]
         embeddings, tokens = await embed(request, batcher, sources, most)

@@ -1002,7 +1002,7 @@ class Batcher:
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 #
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Section 3 bounds images, section 5 the harm that an
+# JSON and forms of millions of parts; too many inputs; a full queue. Section 3 bounds images, section 5 what one
 # input does to others. Left to the proxy (deploy/nginx.conf): slow clients, dead connections, floods of pipelined
 # requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
 

@@ -441,7 +441,7 @@ class Preparer:
 # ------------------------------------------------------------------------------------------------------- 4. Model
 
 MAX_KEPT_PREFIX = 256  # tokens, 7 MB of bfloat16 keys and values in the 2B model; a longer one is computed again
-MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}  # 1 - cosine, of rounding alone
+MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # 1 - cosine, of rounding alone
 KeyValues = list[tuple[Tensor, Tensor]]  # for each layer, (B, groups, T, head_dim) both
 Function = Callable[..., Tensor]
 

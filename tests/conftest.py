@@ -29,6 +29,11 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "UVICORN_HTTP": "h11",  # as the systemd unit has it
 }
+# For the clients of others, which else call home
+QUIET = {"ANONYMIZED_TELEMETRY": "False", "HAYSTACK_TELEMETRY_ENABLED": "False", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+# The settings of a server with an API key and small limits
+STRICT = {"GME_API_KEY": "a-long-and-secret-key", "GME_MAX_INPUTS": "3", "GME_MAX_BODY_MB": "1"}
+STRICT["GME_MAX_IMAGE_PIXELS"] = "50000"
 for name in [name for name in os.environ if name.startswith(("GME_", "UVICORN_", "MODELSCOPE_"))]:
     del os.environ[name]
 os.environ.update(ENVIRONMENT)  # before anything imports gme_service, which loads the model
@@ -84,6 +89,15 @@ class Server(Address):
     log: Path
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+Start = Callable[..., Server]  # the fixture `start`
+Patch = pytest.MonkeyPatch
+
+
 def run(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in the checkout until it ends by itself."""
     options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 90}
@@ -93,9 +107,7 @@ def run(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> subp
 @contextlib.contextmanager
 def serve(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """Run `uvicorn gme_service:app` on a free port until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "gme_service:app", "--port", str(port), *arguments]
     with log.open("w") as output:
         options = {"cwd": ROOT, "env": os.environ | environment, "stdout": output, "stderr": output, "text": True}
@@ -150,7 +162,7 @@ def client(server: Address) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def start(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def start(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Start]:
     """Start further servers, with uvicorn arguments and environment variables of the test's own."""
     skip_with_an_address(pytestconfig, "it starts servers of its own")
     with contextlib.ExitStack() as stack:

@@ -45,10 +45,10 @@ class Hub:
 
     def listing(self) -> bytes:
         """What the hub says of its files, true whatever it then sends."""
-        entries = []
-        for name, content in self.files.items():
-            digest = hashlib.sha256(content).hexdigest()
-            entries.append({"Path": name, "Name": name, "Type": "blob", "Size": len(content), "Sha256": digest})
+        entries = [
+            {"Path": name, "Type": "blob", "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in self.files.items()
+        ]
         return json.dumps({"Code": 200, "Data": {"Files": entries}}).encode()
 
 
@@ -59,37 +59,34 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         with contextlib.suppress(ConnectionError):  # the client may be gone: tests kill it
+            self.hub.revisions |= {query[name] for name in query if name == "Revision"}
             if url.path == f"{self.hub.route}/files":
                 self.hub.listings += 1
-                self.hub.revisions.add(query["Revision"])
-                self.send(200, self.hub.listing())
+                self.start(self.hub.listing())
+                self.wfile.write(self.hub.listing())
             elif url.path == self.hub.route and query.get("FilePath") in self.hub.files:
-                self.hub.revisions.add(query["Revision"])
                 self.send_file(query["FilePath"])
             else:
-                self.send(404, b'{"Code": 404, "Message": "not found"}')
+                self.send_error(404)
+
+    def start(self, content: bytes, first: int = 0) -> None:
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
 
     def send_file(self, name: str) -> None:
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         self.hub.fetches.append((name, start))
         content = self.hub.wrong.get(name) or self.hub.files[name]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
+        self.start(content, start)
         if (stall := self.hub.stalls.get(name)) and start < stall.at:
             self.wfile.write(content[start : stall.at])
             start = stall.at
             stall.reached.set()
             stall.released.wait()
         self.wfile.write(content[start : self.hub.cuts.pop(name, len(content))])
-
-    def send(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Keep the tests' output to the tests."""

@@ -16,59 +16,33 @@ from safetensors.torch import save_file
 
 TOY = Path(__file__).parent / "models" / "toy" / "shapes"
 SHARDS = 2
-PUBLISHED = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vocab_size": 151936,
-}
-VISION = {
-    "embed_dim": 1280,
-    "hidden_size": 1536,
-    "in_chans": 3,
-    "mlp_ratio": 4,
-    "model_type": "qwen2_vl",
-    "num_heads": 16,
-    "spatial_patch_size": 14,
-}
+PUBLISHED = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+PUBLISHED |= {"vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+VISION = {"model_type": "qwen2_vl", "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+VISION |= {"in_chans": 3, "spatial_patch_size": 14}
 
 
 def shapes(layers: int, depth: int) -> dict[str, tuple[int, ...]]:
     """The published names of the weights that the service reads, with their shapes."""
     width, inner, vision = PUBLISHED["hidden_size"], PUBLISHED["intermediate_size"], VISION["embed_dim"]
-    heads, groups = PUBLISHED["num_attention_heads"], PUBLISHED["num_key_value_heads"]
-    found: dict[str, tuple[int, ...]] = {}
-
-    def add(name: str, *shape: int, bias: bool = True) -> None:
-        found[f"{name}.weight"] = shape
-        if bias:
-            found[f"{name}.bias"] = shape[:1]
-
-    add("model.embed_tokens", PUBLISHED["vocab_size"], width, bias=False)
-    for layer in (f"model.layers.{number}." for number in range(layers)):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(layer + norm, width, bias=False)
-        for part, rows in (("q", width), ("k", width // heads * groups), ("v", width // heads * groups)):
-            add(f"{layer}self_attn.{part}_proj", rows, width)
-        add(layer + "self_attn.o_proj", width, width, bias=False)
-        add(layer + "mlp.gate_proj", inner, width, bias=False)
-        add(layer + "mlp.up_proj", inner, width, bias=False)
-        add(layer + "mlp.down_proj", width, inner, bias=False)
-    add("model.norm", width, bias=False)
-    add("visual.patch_embed.proj", vision, 3, 2, 14, 14, bias=False)
-    for block in (f"visual.blocks.{number}." for number in range(depth)):
-        for norm in ("norm1", "norm2"):
-            add(block + norm, vision)
-        add(block + "attn.qkv", 3 * vision, vision)
-        add(block + "attn.proj", vision, vision)
-        add(block + "mlp.fc1", VISION["mlp_ratio"] * vision, vision)
-        add(block + "mlp.fc2", vision, VISION["mlp_ratio"] * vision)
-    add("visual.merger.ln_q", vision)
-    add("visual.merger.mlp.0", 4 * vision, 4 * vision)
-    add("visual.merger.mlp.2", width, 4 * vision)
-    return found
+    narrow, mlp = width // PUBLISHED["num_attention_heads"] * PUBLISHED["num_key_value_heads"], 4 * vision
+    plain = [("model.embed_tokens", PUBLISHED["vocab_size"], width), ("model.norm", width)]
+    plain += [("visual.patch_embed.proj", vision, 3, 2, 14, 14)]
+    biased = [("visual.merger.ln_q", vision), ("visual.merger.mlp.0", mlp, mlp), ("visual.merger.mlp.2", width, mlp)]
+    for layer in (f"model.layers.{number}" for number in range(layers)):
+        plain += [(f"{layer}.{norm}_layernorm", width) for norm in ("input", "post_attention")]
+        plain += [(f"{layer}.self_attn.o_proj", width, width), (f"{layer}.mlp.down_proj", width, inner)]
+        plain += [(f"{layer}.mlp.{part}_proj", inner, width) for part in ("gate", "up")]
+        biased += [
+            (f"{layer}.self_attn.{part}_proj", rows, width)
+            for part, rows in (("q", width), ("k", narrow), ("v", narrow))
+        ]
+    for block in (f"visual.blocks.{number}" for number in range(depth)):
+        biased += [(f"{block}.norm1", vision), (f"{block}.norm2", vision), (f"{block}.attn.qkv", 3 * vision, vision)]
+        biased += [(f"{block}.attn.proj", vision, vision)]
+        biased += [(f"{block}.mlp.fc1", mlp, vision), (f"{block}.mlp.fc2", vision, mlp)]
+    weights = {f"{name}.weight": tuple(shape) for name, *shape in plain + biased}
+    return weights | {f"{name}.bias": (rows,) for name, rows, *_ in biased}
 
 
 def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:

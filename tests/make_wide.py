@@ -36,25 +36,12 @@ def make(out: Path) -> None:
         shutil.copy(TOY / name, out / name)
     toy = json.loads((TOY / "config.json").read_text())
     ids = {name: value for name, value in toy.items() if name.endswith("_token_id") and name[:3] not in ("bos", "eos")}
-    config = Qwen2VLConfig(
-        text_config={
-            "bos_token_id": toy["bos_token_id"],
-            "dtype": "bfloat16",
-            "eos_token_id": toy["eos_token_id"],
-            "hidden_size": 224,
-            "intermediate_size": 128,
-            "num_attention_heads": 14,
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1000000.0, "rope_type": "default"},
-            "tie_word_embeddings": False,
-            "vocab_size": toy["vocab_size"],
-        },
-        vision_config={"depth": 2, "dtype": "bfloat16", "embed_dim": 32, "hidden_size": 224, "num_heads": 2},
-        tie_word_embeddings=False,
-        **ids,
-    )
+    text = {name: toy[name] for name in ("bos_token_id", "eos_token_id", "vocab_size")} | {"dtype": "bfloat16"}
+    text |= {"hidden_size": 224, "intermediate_size": 128, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    text["rope_parameters"] = {"mrope_section": [2, 3, 3], "rope_theta": 1000000.0, "rope_type": "default"}
+    vision = {"depth": 2, "dtype": "bfloat16", "embed_dim": 32, "hidden_size": 224, "num_heads": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(out)

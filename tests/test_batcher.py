@@ -11,16 +11,16 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import TOY, golden
 
 import gme_service as gme
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
 Make = Callable[..., Awaitable["Rig"]]
+Task = asyncio.Task[tuple[np.ndarray, int]]
 PATIENCE = 10  # seconds after which a thread or a test that hangs gives up
 
 
@@ -29,9 +29,9 @@ def text(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
     return gme.Source(name.ljust(length, "."), None, instruction, f"{name}: ")
 
 
-def image(name: str, length: int = 10, pixel: int = 1, instruction: str = "i") -> gme.Source:
+def image(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
     """An image with a text, `length` tokens together."""
-    return gme.Source(name, bytes([pixel]) * (length - len(name)), instruction, f"{name}: ")
+    return gme.Source(name, b"\1" * (length - len(name)), instruction, f"{name}: ")
 
 
 class Key(bytes):
@@ -83,7 +83,7 @@ class Rig:
         self.gate, self.busy = threading.Event(), False  # the model waits at a closed gate
         self.slow, self.may_go = "", threading.Event()  # whose preparation lasts until `may_go`
         self.gate.set()
-        self.requests: list[tuple[asyncio.Task[tuple[np.ndarray, int]], Sequence[gme.Source]]] = []
+        self.requests: list[tuple[Task, Sequence[gme.Source]]] = []
         self.batcher = gme.Batcher(self.prepare, self.embed, max_tokens, max_queue, cache_entries)
 
     def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input | gme.ServiceError]:
@@ -131,28 +131,28 @@ class Rig:
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def submit(self, *sources: gme.Source) -> asyncio.Task[tuple[np.ndarray, int]]:
+    async def submit(self, *sources: gme.Source) -> Task:
         """A request that is in the queue, or refused, when this returns."""
         task = asyncio.create_task(self.batcher.embed(sources))
         self.requests.append((task, sources))
         await asyncio.sleep(0)
         return task
 
-    async def submit_ready(self, *sources: gme.Source) -> asyncio.Task[tuple[np.ndarray, int]]:
+    async def submit_ready(self, *sources: gme.Source) -> Task:
         """A request of which all is ready for the model when this returns."""
         expected = self.ready + Counter(map(name_of, sources))
         task = await self.submit(*sources)
         await self.until(lambda: self.ready >= expected)
         return task
 
-    async def cancel(self, *tasks: asyncio.Task[tuple[np.ndarray, int]]) -> None:
+    async def cancel(self, *tasks: Task) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
-    async def held(self, *sources: gme.Source) -> AsyncIterator[asyncio.Task[tuple[np.ndarray, int]]]:
+    async def held(self, *sources: gme.Source) -> AsyncIterator[Task]:
         """Within the block the model is busy with the first batch of `sources`; after it, all is answered."""
         self.gate, self.busy = threading.Event(), False
         try:
@@ -218,7 +218,7 @@ async def rig(make: Make) -> Rig:
     return await make()
 
 
-async def error_of(task: asyncio.Task[tuple[np.ndarray, int]]) -> gme.ServiceError:
+async def error_of(task: Task) -> gme.ServiceError:
     with pytest.raises(gme.ServiceError) as caught:
         await task
     return caught.value
@@ -246,27 +246,14 @@ POLICY = {  # the most tokens of a batch; what comes while the model is busy; th
 async def test_the_policy(make: Make, name: str) -> None:
     max_tokens, requests, batches = POLICY[name]
     rig = await make(max_tokens=max_tokens)
-    sources = [
-        [text(one, int(length or 10)) for one, _, length in (item.partition(":") for item in request.split())]
-        for request in requests
-    ]
+    given = [[item.partition(":") for item in request.split()] for request in requests]
+    sources = [[text(name, int(length or 10)) for name, _, length in items] for items in given]
     assert [sorted(names) for names in await rig.batches_of(*sources)] == [names.split() for names in batches]
 
 
 async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:
-    sources = [text("a"), text("b", 10, "j"), image("c"), image("d", 10, 1, "j")]
+    sources = [text("a"), text("b", 10, "j"), image("c"), image("d", 10, "j")]
     assert await rig.batches_of(*([source] for source in sources)) == [["a", "c"], ["b", "d"]]
-
-
-async def test_small_requests_during_a_bulk_job_are_in_the_next_batch(make: Make) -> None:
-    rig = await make(max_tokens=500)
-    async with rig.held(*(text(f"bulk {number}") for number in range(2000))):
-        await rig.until(lambda: rig.ready.total() > 100)
-        for number in range(10):
-            await rig.submit_ready(text(f"lone {number}"))
-        await rig.submit_ready(*(text(f"small {number}") for number in range(16)))
-    assert len([name for name in rig.batches[1] if not name.startswith("bulk")]) == 26
-    assert len(rig.batches[1]) == 50  # and the bulk job fills it
 
 
 async def test_a_later_bulk_job_shares_with_one_that_is_far_along(make: Make) -> None:
@@ -299,55 +286,39 @@ async def test_an_input_equal_to_one_that_is_being_computed_waits_for_that(rig: 
     assert rig.batches == [["same"], ["other"]]
 
 
-@pytest.mark.parametrize("cache_entries", [0, 100])
-async def test_inputs_that_differ_in_anything_are_computed_apart(make: Make, cache_entries: int) -> None:
-    rig = await make(cache_entries=cache_entries)
-    differ = [text("same"), text("same", 11), text("same", 10, "j"), image("same"), image("same", 10, pixel=2)]
-    for source in differ:
-        task = await rig.submit(source)
-        if cache_entries:  # one after the other, so that each could find the one before in the cache
-            await task
-    await rig.check()
-    assert Counter(itertools.chain(*rig.batches)) == {"same": 5}
-
-
-@pytest.mark.parametrize(
-    ("cache_entries", "batches"), [(2, [["a", "b"], ["c"], ["b"]]), (0, [["a", "b"], ["b", "a"], ["c"], ["a"], ["b"]])]
-)
-async def test_the_cache_forgets_what_was_not_asked_for_the_longest(
-    make: Make, cache_entries: int, batches: list[list[str]]
-) -> None:
-    rig = await make(cache_entries=cache_entries)
-    for names in ["ab", "bba", "c", "a", "b"]:  # c takes the place of b, which a was asked for after
-        await (await rig.submit(*map(text, names)))
-    assert rig.batches == batches
+async def test_the_cache_forgets_what_was_not_asked_for_the_longest(make: Make) -> None:
+    for entries, batches in ((2, "ab c b"), (0, "ab ab c a b")):
+        rig = await make(cache_entries=entries)
+        for names in ["ab", "bba", "c", "a", "b"]:  # c takes the place of b, which a was asked for after
+            await (await rig.submit(*map(text, names)))
+        assert ["".join(sorted(names)) for names in rig.batches] == batches.split()
 
 
 async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_and_nothing_of_a_clients() -> None:
     arrays = []
 
-    def prepare(sources: Sequence[gme.Source]) -> list[gme.Input]:
-        inputs = [read(source) for source in sources]
-        arrays.extend(weakref.ref(one.patches) for one in inputs)
-        return inputs
+    def seen(results: list[gme.Input] | np.ndarray) -> Any:
+        kept = [results] if isinstance(results, np.ndarray) else [one.patches for one in results]
+        arrays.extend(map(weakref.ref, kept))
+        return results
 
-    def embed(inputs: Sequence[gme.Input]) -> np.ndarray:
-        vectors = np.ones((len(inputs), 4), np.float32)
-        arrays.append(weakref.ref(vectors))
-        return vectors
-
-    batcher = gme.Batcher(prepare, embed, 1000, cache_entries=50)
-    async with batcher.running():
-        gc.collect()
-        gc.disable()
-        try:
+    batcher = gme.Batcher(
+        lambda sources: seen([read(source) for source in sources]),
+        lambda inputs: seen(np.ones((len(inputs), 4), np.float32)),
+        max_tokens=1000,
+        cache_entries=50,
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        async with batcher.running():
             for number in range(100):
                 embeddings, _ = await batcher.embed([image(f"{number // 2}")])
                 assert (embeddings == 1).all()
                 embeddings[:] = 0
             alive = sum(array() is not None for array in arrays)
-        finally:
-            gc.enable()
+    finally:
+        gc.enable()
     assert alive < 15 < len(arrays)  # the last batch, and the last of each thread
 
 
@@ -378,15 +349,7 @@ async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model
     assert rig.batches == [["stays"]]
 
 
-async def test_preparing_stays_a_few_batches_ahead(make: Make) -> None:
-    rig = await make(max_tokens=10)
-    async with rig.held(*(image(f"{number}") for number in range(100))):
-        for _ in range(50):
-            await rig.step()
-            assert len(rig.prepared) < len(rig.batches) + 20
-
-
-async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make: Make) -> None:
+async def test_preparing_stays_a_few_batches_ahead_and_what_is_cancelled_makes_room_for_what_waits(make: Make) -> None:
     rig = await make(max_tokens=10)
     async with rig.held():
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
@@ -396,7 +359,7 @@ async def test_cancelled_work_is_not_prepared_and_makes_room_for_what_waits(make
         await rig.until(lambda: rig.ready["99"])
     await stays
     assert rig.batches == [["plug"], ["99"]]
-    assert len(rig.prepared) < 50
+    assert len(rig.prepared) < 20
 
 
 async def test_a_text_does_not_wait_until_an_image_is_prepared(rig: Rig) -> None:
@@ -429,11 +392,9 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
     ("fault", "kind"),
     [
         (gme.InputError("it is bad"), gme.InputError),
-        (RuntimeError("boom"), gme.ServiceError),
         (MemoryError(), gme.TooLargeError),
         (BaseException("a panic of the tokenizer's"), gme.ServiceError),
     ],
-    ids=lambda one: getattr(one, "__name__", repr(one)),
 )
 async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_with_its_position(
     rig: Rig, fault: BaseException, kind: type[gme.ServiceError]
@@ -445,26 +406,13 @@ async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_wi
             error = await error_of(await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
             await rig.submit(text("d"))
             assert rig.batcher.depth == 3
-        assert type(error) is kind
-        assert str(error).startswith("bad: ")
+        assert (type(error), str(error)[:5]) == (kind, "bad: ")
     assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
-
-
-async def test_a_batch_that_does_not_fit_into_memory_is_halved(rig: Rig) -> None:
-    rig.room = 3
-    await (await rig.submit(*map(text, "abcdefgh")))
-    assert sum(len(names) for names in rig.batches if len(names) <= 3) == 8
 
 
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [
-        (MemoryError(), gme.TooLargeError),
-        (RuntimeError("boom"), gme.ServiceError),
-        (float("nan"), gme.ServiceError),
-        (float("inf"), gme.ServiceError),
-    ],
-    ids=repr,
+    [(MemoryError(), gme.TooLargeError), (RuntimeError("boom"), gme.ServiceError), (float("nan"), gme.ServiceError)],
 )
 async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembered(
     make: Make, caplog: pytest.LogCaptureFixture, fault: BaseException | float, kind: type[Exception]
@@ -476,9 +424,8 @@ async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembere
         bad = [await rig.submit_ready(text("c"), text("bad")), await rig.submit_ready(text("bad"))]
         others += [await rig.submit_ready(text(name)) for name in "de"]
     await asyncio.gather(*others)
-    for error in [await error_of(task) for task in bad]:
-        assert type(error) is kind
-        assert str(error).startswith("bad: ")
+    errors = [await error_of(task) for task in bad]
+    assert [(type(error), str(error)[:5]) for error in errors] == [(kind, "bad: ")] * 2
     if isinstance(fault, RuntimeError):
         assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [fault]  # logged once
     del rig.model_faults["bad"]
@@ -523,20 +470,14 @@ async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed:
 
     async def client(chance: random.Random) -> None:
         for _ in range(30):
-            names = [
-                chance.choice(faults) if chance.random() < 0.04 else f"{chance.randrange(100)}"
-                for _ in range(chance.choice([1, 1, 1, 5, 30]))
-            ]
-            make_source, instruction = chance.choice([text, text, image]), chance.choice("ij")
-            task = await rig.submit(
-                *(make_source(name, chance.randrange(8, 40), instruction=instruction) for name in names)
-            )
+            names = chance.choices([*map(str, range(100)), *faults], k=chance.choice([1, 1, 1, 5, 30]))
+            kind, instruction = chance.choice([text, text, image]), chance.choice("ij")
+            task = await rig.submit(*(kind(name, chance.randrange(8, 40), instruction=instruction) for name in names))
             for _ in range(chance.randrange(20)):
                 await asyncio.sleep(0)
-            action = chance.random()
-            if action < 0.3:
+            if chance.random() < 0.3:
                 task.cancel()
-            elif action < 0.8:
+            elif chance.random() < 0.7:
                 await asyncio.wait([task])
 
     await asyncio.gather(*(client(random.Random(100 * seed + number)) for number in range(12)))
@@ -548,17 +489,3 @@ async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed:
         failing = {name_of(source) for source in sources} & set(faults)
         assert task.cancelled() or isinstance(error, gme.BusyError) or bool(error) == bool(failing)
     assert min(ends["cancelled"], ends["NoneType"], ends["ServiceError"] + ends["InputError"]) > 0, ends
-
-
-async def test_the_vectors_are_the_authors_whoever_shares_the_batch() -> None:
-    prepare, model = gme.Preparer(TOY, 1800, 10**8), gme.Model(TOY, torch.device("cpu"), torch.float32)
-    small = (None, "64x48.png", "448x448.png", "photo.webp")
-    cases = [case for case in golden() if case.image in small and len(case.text) < 1000] * 2
-    random.Random(0).shuffle(cases)
-    requests = [cases[start : start + 3] for start in range(0, len(cases), 3)]
-    sources = [[gme.Source(one.text, one.data, one.prompt or gme.DEFAULT_INSTRUCTION) for one in r] for r in requests]
-    batcher = gme.Batcher(prepare, model.embed, 512)
-    async with batcher.running():
-        answers = await asyncio.gather(*map(batcher.embed, sources))
-    for (embeddings, _), request in zip(answers, requests, strict=True):
-        np.testing.assert_allclose(embeddings, [case.vector for case in request], atol=1e-5)

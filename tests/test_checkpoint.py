@@ -9,19 +9,19 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, Server, golden, run
+from conftest import ROOT, TOY, Patch, Start, free_port, golden, run
 from hub import Hub, serve_hub
 
 import gme_service as gme
 
 SHARDS = sorted(path.name for path in TOY.glob("*.safetensors"))
-READ = ["config.json", "model.safetensors.index.json", "preprocessor_config.json", "tokenizer.json", *SHARDS]
+PORT = free_port()  # of the hub of every test: in a process, the client keeps the first that it is told
 CLOSED_PORT = "http://127.0.0.1:9"
 UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
 LOAD = ("-c", "import gme_service")  # what uvicorn does before it opens the port
@@ -31,21 +31,14 @@ sys.addaudithook(lambda *event: opened(*event) and print("at the lock", file=sys
 """
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    """Of the hub of every test: in a process, the client keeps the first that it is told."""
-    with serve_hub(TOY, "toy/shapes") as hub:
-        return int(hub.url.rpartition(":")[2])
-
-
 @pytest.fixture
-def hub(port: int) -> Iterator[Hub]:
-    with serve_hub(TOY, "toy/shapes", port) as hub:
+def hub() -> Iterator[Hub]:
+    with serve_hub(TOY, "toy/shapes", PORT) as hub:
         yield hub
 
 
 @pytest.fixture
-def environment(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def environment(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> dict[str, str]:
     """The hub and the model directory. HOME can hold nothing, as under the systemd unit, where it is read-only."""
     environment = {"MODELSCOPE_ENDPOINT": hub.url, "GME_MODEL_DIR": str(tmp_path / "models"), "HOME": "/dev/null"}
     environment["MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS"] = "1"  # the client would try for 7 s
@@ -73,15 +66,13 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_the_first_start_downloads_the_checkpoint_and_serves_it(
-    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Callable[..., Server]
+    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Start
 ) -> None:
     hub.cuts[SHARDS[1]] = 500_000  # the connection breaks once
     case = golden()[0]
-
     server = start(**environment)
     with server.client() as client:
         answer = client.post("/embed/text", json={"texts": [case.text]})
-
     np.testing.assert_allclose(answer.json()["embeddings"][0], case.vector, atol=1e-5)
     assert contents(checkpoint) == contents(TOY)
     first, second = hub.starts(SHARDS[1])
@@ -101,19 +92,16 @@ def test_a_complete_checkpoint_needs_no_hub_no_client_and_no_write(by_hand: Path
 def test_a_download_that_was_killed_goes_on_where_it_ended(hub: Hub, checkpoint: Path) -> None:
     stall = hub.stall(SHARDS[2], at=900_000)
     part = checkpoint / f"{SHARDS[2]}.incomplete"
-
     with subprocess.Popen([sys.executable, *LOAD], cwd=ROOT, stderr=subprocess.DEVNULL) as killed:
         assert stall.reached.wait(60)
         while not part.exists() or part.stat().st_size < 500_000:  # sent, and on its way to the disk
             assert killed.poll() is None
             time.sleep(0.01)
         killed.kill()
-
     received, finished = part.stat().st_size, contents(checkpoint)
     assert SHARDS[2] not in finished
     hub.fetches.clear()
     stall.released.set()
-
     assert gme.find_checkpoint(gme.Settings.load()) == checkpoint
     assert hub.starts(SHARDS[2]) == [received]
     assert not finished.keys() & set(hub.fetched())
@@ -121,7 +109,7 @@ def test_a_download_that_was_killed_goes_on_where_it_ended(hub: Hub, checkpoint:
 
 
 def test_a_missing_and_a_truncated_shard_are_fetched_again_and_nothing_else(
-    hub: Hub, by_hand: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, by_hand: Path, monkeypatch: Patch
 ) -> None:
     (by_hand / SHARDS[0]).unlink()
     os.truncate(by_hand / SHARDS[2], 700_000)
@@ -132,7 +120,7 @@ def test_a_missing_and_a_truncated_shard_are_fetched_again_and_nothing_else(
     assert contents(by_hand) == contents(TOY)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", SHARDS[-1]])
 def test_a_checkpoint_is_complete_when_every_file_that_is_read_is_whole(by_hand: Path, name: str) -> None:
     assert gme.is_complete(by_hand)
     os.truncate(by_hand / name, (by_hand / name).stat().st_size - 10)
@@ -159,7 +147,7 @@ def test_with_no_hub_and_no_files_a_sentence_says_what_to_do(checkpoint: Path) -
 
 
 def test_two_workers_that_start_together_download_once_and_both_serve(
-    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Callable[..., Server], tmp_path: Path
+    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(TELL_AT_LOCK)
     log = tmp_path / "server-0.log"
@@ -178,7 +166,6 @@ def test_two_workers_that_start_together_download_once_and_both_serve(
     while log.read_text().count("loaded in") < 2:
         assert server.process.poll() is None
         time.sleep(0.05)
-
     assert "died" not in log.read_text()  # uvicorn ends a worker that it believes to hang
     assert hub.listings == 1
     assert sorted(hub.fetched()) == sorted(hub.files)
@@ -192,7 +179,6 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(hub: Hub, environment: d
     variables = os.environ | {"TQDM_MININTERVAL": "0"}
     process = subprocess.Popen([sys.executable, *LOAD], cwd=ROOT, env=variables, stderr=inner)
     os.close(inner)
-
     shown = ""
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
         while text := os.read(terminal, 65536).decode(errors="replace"):
@@ -200,13 +186,12 @@ def test_in_a_terminal_the_download_shows_how_far_it_is(hub: Hub, environment: d
             if re.search(rf"\r[^\r\n]*{SHARDS[1]}: +[1-9]\d?%\|", shown):
                 stall.released.set()
     os.close(terminal)
-
     assert process.wait(60) == 0
     assert re.search(r"\rDownloading: 100%\|", shown)
 
 
 def zero(path: Path) -> None:
-    """Write 300 kB of zeros into a file, which stays as long as it was."""
+    """Write zeros into the midst of a file, which stays as long as it was."""
     with path.open("r+b") as file:
         file.seek(200_000)
         file.write(bytes(300_000))
@@ -220,14 +205,12 @@ def test_after_a_download_a_changed_file_is_found_without_the_hub(hub: Hub, chec
     settings = gme.Settings.load()
     assert gme.find_checkpoint(settings) == checkpoint
     assert str(checkpoint) in gme.verify(settings)
-
     zero(checkpoint / SHARDS[1])
     assert gme.is_complete(checkpoint)  # so that it would be served
     end = run("gme_service.py", "--verify", MODELSCOPE_ENDPOINT=CLOSED_PORT)
     assert end.returncode not in (0, None)
     assert "Traceback" not in end.stderr
     assert named(end.stderr) == [SHARDS[1]]
-
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(gme.StartError) as changed:
         gme.verify(settings)
@@ -238,23 +221,33 @@ def test_after_a_download_a_changed_file_is_found_without_the_hub(hub: Hub, chec
 def test_what_was_put_there_by_hand_is_compared_with_the_hub_and_mended(hub: Hub, by_hand: Path) -> None:
     settings = gme.Settings.load()
     zero(by_hand / SHARDS[2])
-    assert str(by_hand) in gme.verify(settings)
+    assert named(gme.verify(settings)) == [SHARDS[2]]  # so that one learns that wrong vectors were served
     assert hub.fetched() == [SHARDS[2]]
     assert contents(by_hand) == contents(TOY)
     assert str(by_hand) in gme.verify(settings)
     assert hub.listings == 1  # the sums are noted
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["no files", "no hub"])
-def test_what_cannot_be_compared_is_said_in_a_sentence(checkpoint: Path, there: bool) -> None:
-    if there:
-        shutil.copytree(TOY, checkpoint)
-    end = run("gme_service.py", "--verify", MODELSCOPE_ENDPOINT=CLOSED_PORT)
-    assert end.returncode not in (0, None)
-    assert "Traceback" not in end.stderr
-    assert str(checkpoint) in end.stderr
+def test_sums_that_are_damaged_agree_with_nothing(hub: Hub, by_hand: Path) -> None:
+    for text in ("", "abc\n"):
+        (by_hand / "SHA256SUMS").write_text(text)
+        with pytest.raises(gme.StartError):
+            gme.verify(gme.Settings.load())
 
 
-def test_the_version_is_printed_without_a_checkpoint() -> None:
-    end = run("gme_service.py", "--version", GME_MODEL_DIR="/nowhere")
-    assert (end.returncode, end.stdout, end.stderr) == (0, f"{gme.__version__}\n", "")
+def test_what_a_restart_does_not_mend_has_the_code_that_prevents_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("GME_MODEL_ID", "toy/none"), ("GME_MODEL_DIR", "/proc/nowhere")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(gme.StartError) as stop:
+            gme.find_checkpoint(gme.Settings.load())
+        assert value in str(stop.value)
+        assert stop.value.exit_code == 78
+
+
+def test_what_cannot_be_compared_is_said_in_a_sentence(checkpoint: Path) -> None:
+    for _ in ("no files", "no hub"):
+        end = run("gme_service.py", "--verify", MODELSCOPE_ENDPOINT=CLOSED_PORT)
+        assert end.returncode not in (0, None)
+        assert "Traceback" not in end.stderr
+        assert str(checkpoint) in end.stderr
+        shutil.copytree(TOY, checkpoint, dirs_exist_ok=True)

@@ -1,6 +1,5 @@
 """Room HTTP: every route over a real server, what it refuses and how, its limits, its page, its metrics."""
 
-import asyncio
 import base64
 import contextlib
 import http.client
@@ -10,8 +9,6 @@ import re
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,13 +18,11 @@ import httpx
 import numpy as np
 import pytest
 import requests
-from conftest import IMAGES, TESTS, TOY, Address, Server, golden, serve, serve_or_use, skip_with_an_address
+from conftest import IMAGES, STRICT, TESTS, Address, Server, golden, serve, serve_or_use, skip_with_an_address
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import Tokenizer
 
-KEY = "a-long-and-secret-key"
-STRICT = {"GME_API_KEY": KEY, "GME_MAX_INPUTS": "3", "GME_MAX_BODY_MB": "1", "GME_MAX_IMAGE_PIXELS": "50000"}
+KEY = STRICT["GME_API_KEY"]
 HOLDER = {"Authorization": f"Bearer {KEY}"}
 PHOTO = (IMAGES / "64x48.png").read_bytes()
 RED = (TESTS / "shapes" / "red_circle.png").read_bytes()
@@ -138,10 +133,10 @@ def test_every_route_answers_with_the_authors_vectors_in_order(client: httpx.Cli
             np.testing.assert_allclose(answer, [case.vector], atol=1e-5, err_msg=f"case {case.number}")
 
 
-@pytest.mark.parametrize("prompt", [None, "", "You are a helpful assistant."])
-def test_no_prompt_is_the_default_one(client: httpx.Client, prompt: str | None) -> None:
+@pytest.mark.parametrize("prompt", ["", "You are a helpful assistant."])
+def test_no_prompt_is_the_default_one(client: httpx.Client, prompt: str) -> None:
     np.testing.assert_array_equal(embed_texts(client, "a", prompt=prompt), embed_texts(client, "a"))
-    np.testing.assert_array_equal(embed_image(client, PHOTO, prompt=prompt or ""), embed_image(client, PHOTO))
+    np.testing.assert_array_equal(embed_image(client, PHOTO, prompt=prompt), embed_image(client, PHOTO))
 
 
 def test_many_files_have_a_vector_each_with_text_and_prompt_for_all(client: httpx.Client) -> None:
@@ -156,40 +151,37 @@ def test_an_image_may_be_a_data_uri_in_place_of_a_text_or_base64_in_lines(client
     np.testing.assert_array_equal(create(client, DATA_URI), [red])
     np.testing.assert_array_equal(create(client, ["a", DATA_URI, "a"]), [text, red, text])
     np.testing.assert_array_equal(create(client, [{"image": base64.encodebytes(RED).decode()}]), [red])
-    np.testing.assert_array_equal(
-        create(client, [{"image": DATA_URI.replace("data:image/png", "DATA:Image/PNG")}]), [red]
-    )
+    np.testing.assert_array_equal(create(client, [{"image": f"DATA:Image/PNG;base64,{BASE64}"}]), [red])
+    for head in (' data:image/png;name="a.png";base64', "data:image/png; base64", f"data:image/png;{300 * 'a'};base64"):
+        np.testing.assert_array_equal(create(client, f"{head},{BASE64}"), [red])
 
 
 @pytest.mark.parametrize(
-    "text", ["http://127.0.0.1/a.png", "data: a text", "data:image/png", "", "\0\x1b\ufffe\U0010ffff"]
+    "text", ["http://127.0.0.1/a.png", "data:image/png", "data: a, b", "", "\0\x1b\ufffe\U0010ffff"]
 )
 def test_any_other_string_is_a_text(client: httpx.Client, text: str) -> None:
     np.testing.assert_array_equal(create(client, text), embed_texts(client, text))
 
 
 def test_the_answer_is_openais_list_object_with_the_tokens_that_the_model_read(client: httpx.Client) -> None:
-    given = ["a red circle", "a red circle", {"image": BASE64}, {"text": "a circle", "image": BASE64}, "word " * 5000]
-    answers = [client.post(OPENAI, json={"input": given, "prompt": QUERY}).json() for _ in range(2)]
-    for index, entry in enumerate(answers[0].pop("data")):
-        assert len(entry.pop("embedding")) == 128
-        assert entry == {"object": "embedding", "index": index}
-
-    def count(text: str) -> int:
-        head, end = f"<|im_start|>system\n{QUERY}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-        return len(Tokenizer.from_file(str(TOY / "tokenizer.json")).encode(f"{head}{text}{end}<|endoftext|>").ids)
-
-    pad = "<|vision_start|><|image_pad|><|vision_end|>"
-    image = 16 * 16 - 1  # 448 x 448 pixels, 28 x 28 a token, in place of one
-    total = 2 * count("a red circle") + count(pad) + image + count(f"{pad}a circle") + image + 1800
-    usage = {"prompt_tokens": total, "total_tokens": total}
-    assert answers[0] == {"object": "list", "model": "toy/shapes", "usage": usage}
-    assert answers[1]["usage"] == usage  # from the cache
+    long = "long " * 5000  # cut at 1,800 tokens, an image's among them
+    given = [long, long, {"text": long, "image": BASE64}]
+    usage = {"prompt_tokens": 3 * 1800, "total_tokens": 3 * 1800}
+    for _ in ("computed", "from the cache"):
+        answer = client.post(OPENAI, json={"input": given}).json()
+        for index, entry in enumerate(answer.pop("data")):
+            assert len(entry.pop("embedding")) == 128
+            assert entry == {"object": "embedding", "index": index}
+        assert answer == {"object": "list", "model": "toy/shapes", "usage": usage}
 
 
-def test_the_models_are_openais_list_of_the_one(client: httpx.Client) -> None:
+def test_models_and_health_say_what_runs_where(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert model.items() >= {"id": "toy/shapes", "object": "model", "dimension": 128, "max_length": 1800}.items()
+    health = client.get("/health").json()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", health.pop("version"))
+    where = {"model": "toy/shapes", "device": "cpu", "dtype": "float32", "dimension": 128}
+    assert health == {"status": "ok", **where, "queue_depth": 0}
 
 
 HARMLESS = [
@@ -205,20 +197,6 @@ def test_what_changes_nothing_is_accepted(client: httpx.Client, more: dict[str, 
     np.testing.assert_array_equal(create(client, items, **more), create(client, [{"image": BASE64}, "a"]))
 
 
-def test_health_says_what_runs_where(client: httpx.Client) -> None:
-    health = client.get("/health").json()
-    assert re.fullmatch(r"\d+\.\d+\.\d+", health["version"])
-    names = {
-        "status": "ok",
-        "model": "toy/shapes",
-        "device": "cpu",
-        "dtype": "float32",
-        "dimension": 128,
-        "queue_depth": 0,
-    }
-    assert health.items() >= names.items()
-
-
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -232,65 +210,46 @@ def raw(content: bytes, headers: dict[str, str] = JSON) -> dict[str, object]:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its status, and what the sentence names
     "no texts": (TEXT, {"json": {"texts": []}}, 400, "input"),
-    "no input": (OPENAI, {"json": {"input": []}}, 400, "input"),
     "an empty image": (IMAGE, form(b""), 400, "File 1"),
-    "a page in place of an image": (IMAGE, form(b"<html>404</html>"), 400, "File 1"),
-    "half an image": (IMAGE, form(PHOTO[:200]), 400, "File 1"),
-    "a format not in the list": (IMAGE, form(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 400, "File 1"),
     "a broken one of many files": (IMAGE, form(PHOTO, PHOTO, b"<html>", PHOTO), 400, "File 3 (2.png)"),
     "an image behind a long prompt": (IMAGE, form(PHOTO, prompt="word " * 2000), 400, "prompt"),
     "an object of nothing": (OPENAI, {"json": {"input": ["a", {}]}}, 400, "Input 2"),
     "an image's name": (OPENAI, {"json": {"input": ["a", {"image": "red.png"}]}}, 400, "Input 2"),
-    "a data URI not in base64": (OPENAI, {"json": {"input": ["a", {"image": "data:image/png,raw"}]}}, 400, "Input 2"),
     "a data URI of no image": (OPENAI, {"json": {"input": ["a", "data:image/png;base64,aGFsbG8="]}}, 400, "Input 2"),
     "a data URI of a sound": (OPENAI, {"json": {"input": ["a", "data:audio/wav;base64,aGFsbG8="]}}, 400, "Input 2"),
-    "a data URI of broken base64": (OPENAI, {"json": {"input": ["a", "data:image/png;base64,a!"]}}, 400, "Input 2"),
-    "token ids": (OPENAI, {"json": {"input": [1, 2, 3]}}, 400, "check_embedding_ctx_length=False"),
+    "a data URI that is not base64": (OPENAI, {"json": {"input": ["a", "data:image/svg+xml,<svg/>"]}}, 400, "Input 2"),
+    "a data URI of no type": (OPENAI, {"json": {"input": ["a", "data:;base64,aGFsbG8="]}}, 400, "Input 2"),
     "lists of token ids": (OPENAI, {"json": {"input": [[1, 2], [3]]}}, 400, "check_embedding_ctx_length=False"),
     "other dimensions": (OPENAI, {"json": {"input": "a", "dimensions": 64}}, 400, "128"),
     "messages": (OPENAI, {"json": {"input": "a", "messages": []}}, 422, "messages"),
     "input_type": (OPENAI, {"json": {"input": "a", "input_type": "query"}}, 422, "use prompt"),
-    "instruction": (OPENAI, {"json": {"input": "a", "instruction": QUERY}}, 422, "use prompt"),
-    "task": (OPENAI, {"json": {"input": "a", "task": "retrieval.query"}}, 422, "use prompt"),
-    "prompt_name": (OPENAI, {"json": {"input": "a", "prompt_name": "query"}}, 422, "use prompt"),
-    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "normalized"),
-    "embedding_type: binary": (OPENAI, {"json": {"input": "a", "embedding_type": "binary"}}, 422, "embedding_type"),
-    "truncate: false": (OPENAI, {"json": {"input": "a", "truncate": False}}, 422, "truncate"),
-    "modality": (OPENAI, {"json": {"input": "a", "modality": "image"}}, 422, "modality"),
-    "late_chunking": (OPENAI, {"json": {"input": "a", "late_chunking": True}}, 422, "late_chunking"),
+    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "can only be true"),
     "a wrong name": (TEXT, {"json": {"texts": ["a"], "promt": "b"}}, 422, "texts, prompt"),
     "another encoding": (OPENAI, {"json": {"input": "a", "encoding_format": "int8"}}, 422, "encoding_format"),
     "no input at all": (OPENAI, {"json": {}}, 422, "input"),
-    "null in place of input": (OPENAI, {"json": {"input": None}}, 422, "input"),
-    "null in place of an item": (OPENAI, {"json": {"input": ["a", None]}}, 400, "Input 2"),
     "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 400, "Input 2"),
     "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 400, "Input 2"),
     "a text in place of texts": (TEXT, {"json": {"texts": "a"}}, 422, "texts"),
     "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.2"),
-    "a list as prompt": (TEXT, {"json": {"texts": ["a"], "prompt": ["a"]}}, 422, "prompt"),
-    "a list as body": (TEXT, {"json": ["a"]}, 422, "body"),
+    "a list as body": (TEXT, {"json": ["a"]}, 422, "texts, prompt"),
+    "a number as input": (OPENAI, {"json": {"input": 1}}, 400, "send a text"),
     "many faults": (TEXT, {"json": {"texts": [{"secret": 1}] * 1000, "prompt": 1}}, 422, "texts"),
     "no body": (TEXT, raw(b""), 422, "body"),
-    "half a body": (TEXT, raw(b'{"texts": ["a"]'), 422, "body"),
     "deep lists": (TEXT, raw(b'{"texts": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"), 422, "body"),
-    "a long number": (TEXT, raw(b'{"texts": [' + b"9" * 5000 + b"]}"), 422, ""),
     "no UTF-8": (TEXT, raw(b'{"texts": ["\xff"]}'), 422, "body"),
     "half a surrogate pair": (TEXT, raw(b'{"texts": ["\\ud800"]}'), 422, "body"),
-    "UTF-16": (TEXT, raw('{"texts": ["a"]}'.encode("utf-16")), 422, "body"),
-    "a form in place of JSON": (TEXT, {"data": {"texts": "a"}}, 422, "body"),
     "JSON in place of a form": (IMAGE, {"json": {"file": "a.png"}}, 422, "-F file=@photo.jpg"),
     "a form that is not multipart": (IMAGE, {"data": {"text": "a"}}, 422, "-F file=@photo.jpg"),
     "a form without a file": (IMAGE, {"files": {"text": (None, "a")}}, 422, "-F file=@photo.jpg"),
-    "a file that is a field": (IMAGE, {"files": {"file": (None, "a")}}, 422, "-F file=@photo.jpg"),
     "a file of another name": (IMAGE, {"files": {"image": PHOTO}}, 422, "-F file=@photo.jpg"),
     "a field of another name": (IMAGE, form(PHOTO, instruction="a"), 422, ""),
     "many fields": (IMAGE, {"files": [("file", PHOTO)] + [("text", (None, "a"))] * 99}, 422, ""),
-    "a form that has no parts": (IMAGE, raw(b"garbage", FORM), 422, "body"),
     "a form without a boundary": (IMAGE, raw(b"garbage", {"content-type": "multipart/form-data"}), 422, "body"),
     "a form that does not end": (IMAGE, raw(PART + PHOTO, FORM), 422, "body"),
     "a part of endless headers": (IMAGE, raw(b"--limit\r\n" + b"a: b\r\n" * 9999, FORM), 422, "body"),
     "a field in another charset": (IMAGE, raw(PART + PHOTO + LATIN, FORM), 422, "UTF-8"),
     "no such route": ("/nothing", {}, 404, ""),
+    "no such route of OpenAI's": ("/v1/chat/completions", {}, 404, ""),
 }  # fmt: skip
 
 
@@ -303,23 +262,19 @@ def test_a_refusal_is_a_sentence_that_says_what_to_change(client: httpx.Client, 
     assert 0 < len(sentence) < 300
 
 
-@pytest.mark.parametrize("scheme", ["http", "HTTPS"])
-def test_an_image_url_is_400_and_never_fetched(client: httpx.Client, scheme: str) -> None:
+def test_an_image_url_is_400_and_never_fetched(client: httpx.Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
-        url = f"{scheme}://127.0.0.1:{elsewhere.getsockname()[1]}/image.png"
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/image.png"
         assert "data URI" in detail(client.post(OPENAI, json={"input": [{"image": url}]}), 400)
         elsewhere.setblocking(False)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"), [("GET", TEXT, "POST"), ("PUT", IMAGE, "POST"), ("POST", "/health", "GET")]
-)
-def test_another_method_is_405(client: httpx.Client, method: str, path: str, allowed: str) -> None:
-    response = client.request(method, path)
-    detail(response, 405)
-    assert response.headers["allow"] == allowed
+def test_another_method_is_405(client: httpx.Client) -> None:
+    response = client.get(TEXT)
+    assert detail(response, 405)
+    assert response.headers["allow"] == "POST"
 
 
 # ---------------------------------------------------------------------------------------------------------- limits
@@ -333,30 +288,25 @@ def test_a_body_as_large_as_allowed_is_taken_and_no_larger_one(holder: httpx.Cli
     assert "1 MB" in detail(holder.post(IMAGE, content=iter([PART, full]), headers=FORM), 413)
 
 
-def test_too_many_inputs_are_413(holder: httpx.Client) -> None:
+def test_too_many_inputs_or_pixels_are_413(holder: httpx.Client) -> None:
     assert embed_texts(holder, "a", "b", "c").shape == embed_image(holder, PHOTO, PHOTO, PHOTO).shape == (3, 128)
-    for path, request in (
-        (TEXT, {"json": {"texts": ["a"] * 4}}),
-        (OPENAI, {"json": {"input": ["a"] * 4}}),
-        (IMAGE, form(*[PHOTO] * 4)),
+    for path, request, limit in (
+        (TEXT, {"json": {"texts": ["a"] * 4}}, "3"),
+        (OPENAI, {"json": {"input": ["a"] * 4}}, "3"),
+        (IMAGE, form(*[PHOTO] * 4), "3"),
+        (IMAGE, form(PHOTO, (IMAGES / "448x448.png").read_bytes()), "50000 pixels"),
     ):
-        assert "3" in detail(holder.post(path, **request), 413)
-
-
-def test_too_many_pixels_are_413(holder: httpx.Client) -> None:
-    assert "50000 pixels" in detail(holder.post(IMAGE, **form(PHOTO, (IMAGES / "448x448.png").read_bytes())), 413)
+        assert limit in detail(holder.post(path, **request), 413)
 
 
 MB31 = 31 * 2**20
 HOSTILE = {  # nearly all that a body may have, and the statuses that it may get
-    "lists": (b'{"texts": [%s' % (b"[]," * (MB31 // 3)), {413, 422}),
     "numbers": (b'{"texts": [%s0]}' % (b"1," * (MB31 // 2)), {413, 422}),
     "unknown keys": (b'{"texts": ["a"], %s"b": 1}' % b"".join(b'"%07d":0,' % n for n in range(MB31 // 12)), {413, 422}),
     "empty texts": (b'{"texts": [%s""]}' % (b'"",' * (MB31 // 3)), {413}),
     "escapes": (b'{"texts": ["%s"]}' % (b"\\u0041" * (MB31 // 6)), {200}),
     "escaped quotes": (b'{"texts": ["%s"]}' % (b'\\"' * (MB31 // 2)), {200}),
     "backslashes": (b'{"texts": ["%s"]}' % (b"\\\\" * (MB31 // 2)), {200}),
-    "UTF-16": (('{"texts": ["' + "a" * (MB31 // 2 - 20) + '"]}').encode("utf-16"), {413, 422}),
     "one key": (b'{"%s": 1}' % (b"a" * MB31), {422}),
 }  # fmt: skip
 
@@ -378,8 +328,7 @@ def quick(server: Address) -> Iterator[None]:
         yield
         done.set()
         asking.result()
-    assert len(waits) > 2
-    assert max(waits) < 4
+    assert 0 < max(waits) < 4
 
 
 @pytest.mark.usefixtures("quick")
@@ -395,11 +344,8 @@ def test_hostile_json_keeps_nobody_waiting(client: httpx.Client, name: str) -> N
 def test_an_honest_body_of_31_mb_is_embedded(client: httpx.Client) -> None:
     file = io.BytesIO()
     Image.open(IMAGES / "448x448.png").convert("RGB").resize((2800, 2800)).save(file, "BMP")
-    items = [
-        {"image": base64.b64encode(file.getvalue()).decode()},
-        *[{"text": 'a "quoted\\" [text]', "image": None}] * 2000,
-    ]
-    body = json.dumps({"input": items}, indent=4)
+    image = {"image": base64.b64encode(file.getvalue()).decode()}
+    body = json.dumps({"input": [image, *[{"text": 'a "quoted\\" [text]', "image": None}] * 2000]}, indent=4)
     assert len(body) > 31_000_000
     assert vectors(client.post(OPENAI, content=body, headers=JSON)).shape == (2001, 128)
 
@@ -421,17 +367,6 @@ def test_all_open_bodies_together_have_a_limit(direct: Address, holder: httpx.Cl
         assert time.monotonic() < deadline
 
 
-def test_past_the_queues_limit_requests_are_refused_at_once(busy: Server) -> None:
-    with busy.client() as client, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(embed_texts, client, *(f"a text of number {number}" for number in range(2000)))
-        await_depth(client, lambda depth: depth > 0)
-        refused = client.post(TEXT, json={"texts": ["a"] * 2000})
-        assert detail(refused, 503)
-        assert int(refused.headers["Retry-After"]) > 0
-        assert not waiting.done()
-        assert waiting.result(PATIENCE).shape == (2000, 128)
-
-
 # ----------------------------------------------------------------------- clients that leave, wait, or do not listen
 
 
@@ -447,13 +382,16 @@ def await_depth(client: httpx.Client, condition: Callable[[int], bool]) -> None:
         assert time.monotonic() < deadline, depth
 
 
-def test_the_work_of_a_client_that_left_never_reaches_the_model(busy: Server) -> None:
+def test_a_full_queue_refuses_at_once_and_the_work_of_a_client_that_left_never_reaches_the_model(busy: Server) -> None:
     body = json.dumps({"texts": [f"left {number}" for number in range(2000)]}).encode()
     with busy.client() as client:
         before = metrics(client)["gme_batch_inputs_sum"]
         with connect(busy) as leaving:
             leaving.sendall(b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             await_depth(client, lambda depth: depth > 0)
+            refused = client.post(TEXT, json={"texts": ["a"] * 2000})
+            assert detail(refused, 503)
+            assert int(refused.headers["Retry-After"]) > 0
         await_depth(client, lambda depth: depth == 0)
         assert embed_texts(client, "stays").shape == (1, 128)
         assert metrics(client)["gme_batch_inputs_sum"] - before < 2000
@@ -472,58 +410,31 @@ def test_clients_that_leave_in_the_midst_or_send_slowly_harm_nobody(busy: Server
     assert "Traceback" not in busy.log.read_text()
 
 
-def by_http_client(url: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
+def by_http_client(url: str, body: Any, headers: dict[str, str]) -> httpx.Response:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
-    chunked = not isinstance(body, bytes)
-    more = {"Transfer-Encoding": "chunked"} if chunked else {}
-    connection.request("POST", TEXT, body, headers | more, encode_chunked=chunked)
+    connection.request("POST", urlsplit(url).path, body, headers, encode_chunked=not isinstance(body, bytes))
     with contextlib.closing(connection), connection.getresponse() as answer:
-        return answer.status, answer.read()
+        return httpx.Response(answer.status, content=answer.read())
 
 
-def by_urllib(url: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
-    try:
-        urllib.request.urlopen(urllib.request.Request(f"{url}{TEXT}", body, headers), timeout=PATIENCE)
-    except urllib.error.HTTPError as answer:
-        with answer:
-            return answer.code, answer.read()
-    raise AssertionError("It was not refused.")
+SENDERS = {
+    "http.client": by_http_client,
+    "httpx": lambda url, body, headers: httpx.post(url, content=body, headers=headers, timeout=PATIENCE),
+    "requests": lambda url, body, headers: requests.post(url, data=body, headers=headers, timeout=PATIENCE),
+}
 
 
-def by_httpx(url: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
-    answer = httpx.post(f"{url}{TEXT}", content=body, headers=headers, timeout=PATIENCE)
-    return answer.status_code, answer.content
-
-
-def by_async_httpx(url: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
-    async def post() -> httpx.Response:
-        async def chunks() -> Any:
-            for chunk in body:
-                yield chunk
-
-        content = body if isinstance(body, bytes) else chunks()
-        async with httpx.AsyncClient(timeout=PATIENCE) as client:
-            return await client.post(f"{url}{TEXT}", content=content, headers=headers)
-
-    answer = asyncio.run(post())
-    return answer.status_code, answer.content
-
-
-def by_requests(url: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
-    answer = requests.post(f"{url}{TEXT}", data=body, headers=headers, timeout=PATIENCE)
-    return answer.status_code, answer.content
-
-
-@pytest.mark.parametrize("send", [by_http_client, by_urllib, by_httpx, by_async_httpx, by_requests])
-@pytest.mark.parametrize(("status", "chunked"), [(401, False), (401, True), (413, False), (413, True)])
+@pytest.mark.parametrize("sender", SENDERS)
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("status", "key"), [(401, {}), (413, HOLDER)])
 def test_a_client_that_still_sends_reads_why_it_is_refused(
-    direct: Address, send: Callable[..., tuple[int, bytes]], status: int, chunked: bool
+    direct: Address, sender: str, chunked: bool, status: int, key: dict[str, str]
 ) -> None:
+    headers = JSON | key | ({"Transfer-Encoding": "chunked"} if chunked else {})
     for _ in range(10):
         body: Any = (bytes(2**16) for _ in range(5 * 16)) if chunked else bytes(5 * 2**20)
-        got, answer = send(direct.url, body, JSON | (HOLDER if status == 413 else {}))
-        assert got == status
-        assert json.loads(answer)["detail"]
+        answer = SENDERS[sender](f"{direct.url}{TEXT}", body, headers)
+        assert (answer.status_code, bool(answer.json()["detail"])) == (status, True)
 
 
 def test_a_client_that_never_ends_is_left(direct: Address) -> None:
@@ -547,26 +458,17 @@ def test_who_asks_before_sending_is_told_to_go_on_or_why_not(direct: Address) ->
 
 
 def test_a_body_behind_javas_offer_of_http_2_is_read(direct: Address, holder: httpx.Client) -> None:
-    offer = {
-        "Connection": "Upgrade, HTTP2-Settings",
-        "Upgrade": "h2c",
-        "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
-    }
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABk"}
     assert vectors(holder.post(TEXT, json={"texts": ["a"]}, headers=offer)).shape == (1, 128)
 
 
 # ------------------------------------------------------------------------------------------------------------- key
 
-OPEN_ROUTES = ("/health", "/metrics", "/docs", "/", "/openapi.json")
 WRONG = {
     "none": {},
-    "another": {"Authorization": "Bearer another"},
     "beginning": {"Authorization": f"Bearer {KEY[:-1]}"},
-    "longer": {"Authorization": f"Bearer {KEY}s"},
     "no scheme": {"Authorization": KEY},
     "basic": {"Authorization": f"Basic {KEY}"},
-    "scheme alone": {"Authorization": "Bearer"},
-    "another header": {"X-API-Key": KEY},
     "no ASCII": {"Authorization": b"Bearer \xff"},
 }
 
@@ -592,11 +494,8 @@ def test_without_the_right_key_every_route_and_method_is_401(stranger: httpx.Cli
 )
 @pytest.mark.parametrize("host", ["localhost", "localhost/health?", "localhost/docs/static/#"])
 def test_no_spelling_of_a_path_leads_past_the_key(strict: Address, path: str, host: str) -> None:
-    connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=30)
-    connection.putrequest("POST", path, skip_host=True)  # httpx would tidy the path
-    for header, value in (("Host", host), ("Content-Type", "application/json"), ("Content-Length", "16")):
-        connection.putheader(header, value)
-    connection.endheaders(b'{"texts": ["a"]}')
+    connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=PATIENCE)
+    connection.request("POST", path, b'{"texts": ["a"]}', JSON | {"Host": host})  # httpx would tidy the path
     with contextlib.closing(connection), connection.getresponse() as response:
         assert response.status in (400, 401, 404, 405)
         assert b"embeddings" not in response.read()
@@ -604,14 +503,14 @@ def test_no_spelling_of_a_path_leads_past_the_key(strict: Address, path: str, ho
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Bearer "])
 def test_the_right_key_opens_every_route(stranger: httpx.Client, scheme: str) -> None:
-    headers = {"Authorization": f"{scheme} {KEY}"}
-    assert vectors(stranger.post(TEXT, json={"texts": ["a"]}, headers=headers)).shape == (1, 128)
-    for path in (IMAGE, OPENAI):
-        assert stranger.post(path, headers=headers).status_code == 422
+    stranger.headers["Authorization"] = f"{scheme} {KEY}"
+    assert embed_texts(stranger, "a").shape == (1, 128)
+    assert stranger.get("/v1/models").status_code == 200
+    assert [stranger.post(path).status_code for path in (IMAGE, OPENAI)] == [422, 422]
 
 
 def test_some_routes_need_no_key_and_without_a_key_set_none_does(client: httpx.Client, stranger: httpx.Client) -> None:
-    for path in OPEN_ROUTES:
+    for path in ("/health", "/metrics", "/docs", "/", "/openapi.json"):
         assert stranger.get(path, follow_redirects=True).status_code == 200
     client.headers["Authorization"] = "Bearer whatever"
     assert embed_texts(client, "a").shape == (1, 128)
@@ -636,15 +535,12 @@ def test_every_route_is_in_a_named_group_and_described_with_an_example_of_each_a
     assert description["info"]["version"] == client.get("/health").json()["version"]
     for path, operations in description["paths"].items():
         for operation in operations.values():
-            assert operation["summary"], path
-            assert operation["description"], path
-            assert operation["tags"], path
+            assert all(operation[what] for what in ("summary", "description", "tags")), path
     for path in (TEXT, IMAGE, OPENAI):
         answers = description["paths"][path]["post"]["responses"]
         assert answers.keys() >= {"200", "400", "401", "413", "422", "500", "503"}
-        examples = [answer["content"]["application/json"]["example"] for answer in answers.values()]
-        assert len({json.dumps(example) for example in examples}) == len(answers)
-        assert all("detail" in example for example in examples[1:])
+        examples = {json.dumps(answer["content"]["application/json"]["example"]) for answer in answers.values()}
+        assert len(examples) == len(answers)
 
 
 def test_only_where_a_key_is_needed_there_is_a_padlock(client: httpx.Client, stranger: httpx.Client) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import IMAGES, TOY
+from conftest import IMAGES, TOY, Patch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
 
 import gme_service as gme
@@ -58,9 +56,7 @@ def ids(text: str, instruction: str = "You are a helpful assistant.", image_toke
 def tokens(one: gme.Input) -> int:
     """How many tokens the image of an input takes."""
     assert one.patches is not None
-    assert one.patches.dtype == np.uint8
-    assert one.patches.shape == (one.grid[0] * one.grid[1], 3 * 14 * 14)
-    assert 8 * one.patches.nbytes == 4 * one.grid[0] * one.grid[1] * 1176  # of the published float32 of two frames
+    assert (one.patches.dtype, one.patches.shape) == (np.uint8, (one.grid[0] * one.grid[1], 3 * 14 * 14))
     return len(one.patches) // 4
 
 
@@ -89,27 +85,15 @@ def save(image: Image.Image, kind: str, **options: object) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------ the prompt
 
-
-@pytest.mark.parametrize("instruction", ["You are a helpful assistant.", QUERY, "", " spaces \n", "<|im_end|>"])
-def test_the_prompt_is_tokenized_whole(instruction: str) -> None:
-    texts = ["", "一个红色的圆形", " lead", "\r\n\t lead", "<|im_end|>\nhello", "e\u0301", "\0", "🚗", PAD, SPECIAL]
-    for text in texts:
-        one = prepared(gme.Source(text, None, instruction))
-        assert one.token_ids.tolist() == ids(text, instruction)
-        assert one.patches is None
+TEXTS = ["", "一个红色的圆形", " lead", "\r\n\t lead", "<|im_end|>\nhello", "e\u0301", "\0", "🚗", PAD, SPECIAL]
 
 
-@given(st.text(max_size=40), st.text(max_size=20))
-@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(TEXTS) | st.text(max_size=40), st.sampled_from([QUERY, *TEXTS]) | st.text(max_size=20))
+@settings(max_examples=200, deadline=None)
 def test_the_prompt_of_any_unicode_text_is_tokenized_whole(text: str, instruction: str) -> None:
-    assert prepared(gme.Source(text, None, instruction)).token_ids.tolist() == ids(text, instruction)
-
-
-def test_instructions_of_one_call_keep_their_own_prefixes() -> None:
-    instructions = [QUERY, "", QUERY]
-    for instruction, one in zip(instructions, prepare([gme.Source("a", None, i) for i in instructions]), strict=True):
-        assert one.token_ids.tolist() == ids("a", instruction)
-        assert one.shared == len(one.prefix) == len(ids("", instruction)) - len(ids("", "")) + len(prepare.prefix(""))
+    one = prepared(gme.Source(text, None, instruction))
+    assert one.token_ids.tolist() == ids(text, instruction)
+    assert one.patches is None
 
 
 def test_leading_white_space_merges_with_the_newline_before_it_and_shares_less(tmp_path: Path) -> None:
@@ -126,18 +110,6 @@ def test_leading_white_space_merges_with_the_newline_before_it_and_shares_less(t
 
 
 # ------------------------------------------------------------------------------------------------------ truncation
-
-
-@pytest.mark.parametrize("text", ["word " * 3000, "多模态检索" * 1500, PAD * 2000, "\n" * 4000])
-def test_a_long_text_is_cut_on_the_right_with_its_suffix(text: str) -> None:
-    assert prepared(gme.Source(text)).token_ids.tolist() == ids(text)[:1800]
-
-
-@pytest.mark.parametrize("over", range(-1, 8))
-def test_the_suffix_counts_and_is_cut_first(over: int) -> None:
-    text = "a" + " a" * (63 - len(ids("a")) + over)
-    assert len(ids(text)) == 63 + over
-    assert prepared(gme.Source(text), short).token_ids.tolist() == ids(text)[:64]
 
 
 @pytest.mark.parametrize("piece", ["a", "\n", "multimodal ", "<|object_ref_start|>", "u\u0308\u0304", "ᄒ\u1161\u11ab"])
@@ -161,13 +133,6 @@ def test_a_30_mb_text_costs_no_more_than_its_beginning(text: str) -> None:
     whole = prepared(gme.Source(text))
     assert time.process_time() - started < 1
     assert whole.key == prepared(gme.Source(text[:100_000])).key
-
-
-def test_what_is_cut_is_counted() -> None:
-    cut = [gme.Source("word " * 3000), gme.Source("word " * 3000, PHOTO), gme.Source("a", None, "b " * 3000)]
-    before = REGISTRY.get_sample_value("gme_truncated_inputs_total")
-    prepare([gme.Source("a"), *cut, gme.Source("", PHOTO)])
-    assert REGISTRY.get_sample_value("gme_truncated_inputs_total") == before + len(cut)
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -229,16 +194,7 @@ def test_fewer_image_tokens_change_only_the_images_that_have_more() -> None:
 
 
 # How an image with this EXIF orientation has to be turned: axes swapped, then flipped vertically, horizontally
-UPRIGHT = {
-    1: (0, 0, 0),
-    2: (0, 0, 1),
-    3: (0, 1, 1),
-    4: (0, 1, 0),
-    5: (1, 0, 0),
-    6: (1, 0, 1),
-    7: (1, 1, 1),
-    8: (1, 1, 0),
-}
+UPRIGHT = [None, (0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 1), (1, 1, 0)]
 
 
 def oriented(kind: str, *tags: tuple[int, int]) -> bytes:
@@ -250,16 +206,15 @@ def oriented(kind: str, *tags: tuple[int, int]) -> bytes:
 def upright(kind: str, orientation: int) -> np.ndarray:
     """What the model sees of an image of that format that was turned by hand."""
     with Image.open(io.BytesIO(save(picture(), kind))) as image:
-        pixels, (swap, y, x) = np.asarray(image.convert("RGB")), UPRIGHT.get(orientation, (0, 0, 0))
+        pixels, (swap, y, x) = np.asarray(image.convert("RGB")), UPRIGHT[orientation]
     turned = (pixels.swapaxes(0, 1) if swap else pixels)[:: 1 - 2 * y, :: 1 - 2 * x]
     return seen(save(Image.fromarray(np.ascontiguousarray(turned)), "PNG"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-@pytest.mark.parametrize("orientation", [*UPRIGHT, 9])  # the last means nothing
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_seen_upright(kind: str, orientation: int) -> None:
-    if (kind, orientation) != ("AVIF", 9):  # which Pillow does not write
-        np.testing.assert_array_equal(seen(oriented(kind, (0x0112, orientation))), upright(kind, orientation))
+    np.testing.assert_array_equal(seen(oriented(kind, (0x0112, orientation))), upright(kind, orientation))
 
 
 def test_an_avif_that_says_it_twice_is_turned_once() -> None:
@@ -270,10 +225,10 @@ def test_an_avif_that_says_it_twice_is_turned_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 5000])
-def test_broken_metadata_is_an_image_or_a_refusal(exif: bytes) -> None:
-    (result,) = prepare([gme.Source("", save(picture(), "JPEG", exif=exif))])
-    assert isinstance(result, gme.Input | gme.InputError)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 5000])
+def test_an_image_is_not_broken_because_its_metadata_are(kind: str, exif: bytes) -> None:
+    prepared(gme.Source("", save(picture(), kind, exif=exif)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "MPO"])
@@ -290,12 +245,10 @@ def test_an_image_of_any_mode_is_seen_in_rgb(mode: str) -> None:
 
 
 def test_what_is_no_whole_image_of_a_named_format_is_refused_and_its_neighbours_are_not() -> None:
-    others = ("TIFF", "EPS", "PDF", "ICO", "PPM", "TGA", "DDS", "JPEG2000", "ICNS")
     files = [b"", b"\xff", bytes(4096), b"<html>", b"<svg/>", b"\xff\xd8\xff\xe0<html>", b"8BPS\0\1" + bytes(64)]
-    files += [save(picture(), kind) for kind in others]
-    for name in ("448x448.png", "2400x1600.jpg", "photo.webp", "mode_CMYK.jpg"):
-        data = (IMAGES / name).read_bytes()
-        files += [data[: int(part * len(data))] for part in (0.1, 0.5, 0.9)]
+    files += [save(picture(), kind) for kind in ("TIFF", "EPS", "PDF", "ICO", "PPM", "TGA", "DDS", "JPEG2000", "ICNS")]
+    whole = [(IMAGES / name).read_bytes() for name in ("448x448.png", "2400x1600.jpg", "photo.webp", "mode_CMYK.jpg")]
+    files += [data[: int(part * len(data))] for data in whole for part in (0.1, 0.5, 0.9)]
     for file in files:
         good, bad, other = prepare([gme.Source("", PHOTO), gme.Source("", file), gme.Source("a")])
         assert isinstance(bad, gme.InputError), file[:20]
@@ -319,69 +272,33 @@ def measured() -> Iterator[SimpleNamespace]:
     cost.seconds, cost.megabytes = time.process_time() - started, memory("VmHWM") - before
 
 
-def bomb(kind: str, mark: bytes, layout: str, width: int, height: int) -> bytes:
+def bomb(kind: str, mark: bytes, layout: str, side: int) -> bytes:
     """A small file that says, behind the mark, that it is so large."""
     data = save(picture(), kind)
     at = data.index(mark) + len(mark)
-    data = data[:at] + struct.pack(layout, width, height) + data[at + struct.calcsize(layout) :]
+    data = data[:at] + struct.pack(layout, side, side) + data[at + struct.calcsize(layout) :]
     return data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:] if kind == "PNG" else data
 
 
-@pytest.mark.parametrize(
-    ("kind", "mark", "layout", "size"),
-    [
-        ("PNG", b"IHDR", ">II", (50_000, 50_000)),
-        ("PNG", b"IHDR", ">II", (2**31 - 1, 2**31 - 1)),
-        ("GIF", b"GIF87a", "<HH", (50_000, 50_000)),
-        ("GIF", b"," + bytes(4), "<HH", (50_000, 50_000)),  # a frame larger than its screen
-        ("BMP", b"\x28\0\0\0", "<ii", (50_000, 50_000)),
-        ("BMP", b"\x28\0\0\0", "<ii", (50_000, -50_000)),  # top down
-        ("JPEG", b"\xff\xc0\0\x11\x08", ">HH", (50_000, 50_000)),
-        ("WEBP", b"\x9d\x01\x2a", "<HH", (16_000, 16_000)),
-        ("AVIF", b"ispe" + bytes(4), ">II", (16_000, 16_000)),
-    ],
-)
-def test_too_many_pixels_are_refused_before_they_are_decoded(
-    kind: str, mark: bytes, layout: str, size: tuple[int, int]
-) -> None:
-    with measured() as cost:
-        error = refused(gme.Source("", bomb(kind, mark, layout, *size)))
-    assert cost.megabytes < 100
-    assert cost.seconds < 1
-    assert isinstance(error, gme.TooLargeError)
-    assert str(LIMIT) in str(error)
+def test_large_images_are_worked_on_one_at_a_time(monkeypatch: Patch) -> None:
+    working, together, ordinary_load = [], set[int](), ImageFile.ImageFile.load
 
+    def load(image: ImageFile.ImageFile) -> Any:
+        working.append(image)
+        together.add(len(working))
+        time.sleep(0.01)
+        try:
+            return ordinary_load(image)
+        finally:
+            working.pop()
 
-def test_the_pixel_limit_is_inclusive() -> None:
-    prepared(gme.Source("", PHOTO), gme.Preparer(TOY, 1800, 64 * 48))
-    assert isinstance(refused(gme.Source("", PHOTO), gme.Preparer(TOY, 1800, 64 * 48 - 1)), gme.TooLargeError)
-
-
-def test_large_images_are_worked_on_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    working: dict[int, int] = {}  # pixels by thread
-    together = []
-
-    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(image: Image.Image, *arguments: Any) -> Any:
-            thread = threading.get_ident()
-            if thread in working:  # one of these methods calls the other
-                return method(image, *arguments)
-            working[thread] = image.width * image.height
-            together.append(sum(list(working.values())))
-            try:
-                return method(image, *arguments)
-            finally:
-                del working[thread]
-
-        return call
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", counted(ImageFile.ImageFile.load))
-    monkeypatch.setattr(Image.Image, "resize", counted(Image.Image.resize))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     large = gme.Source("", save(Image.new("RGB", (2000, 2000), "red"), "JPEG"))
-    preparer = gme.Preparer(TOY, 1800, 5_000_000)
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(prepared, [large] * 8, [preparer] * 8))
-    assert 4_000_000 <= max(together) <= 5_000_000
+    for max_pixels, at_once in ((5_000_000, {1}), (10_000_000, {1, 2})):
+        together.clear()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(prepared, [large] * 8, [gme.Preparer(TOY, 1800, max_pixels)] * 8))
+        assert together == at_once
 
 
 def jpeg(count: int, marker: bytes, content: bytes = b"") -> bytes:
@@ -396,38 +313,37 @@ def progressive(scans: int) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
 
 
-def chunks(count: int) -> bytes:
-    data = save(picture(), "PNG")
-    return data[:33] + count * struct.pack(">I4sI", 0, b"abCd", zlib.crc32(b"abCd")) + data[33:]
-
-
 def exif(size: int) -> bytes:
     """EXIF of one tag with so many bytes of values."""
     return b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHII", 0x9286, 3, size // 2, 26) + bytes(4 + size)
 
 
 def test_a_file_of_some_parts_is_seen() -> None:
-    for file in (progressive(10), jpeg(500, b"\xff\xe3"), chunks(500), jpeg(1, b"\xff\xe1", exif(60_000))):
+    for file in (progressive(10), jpeg(500, b"\xff\xe3"), jpeg(1, b"\xff\xe1", exif(60_000))):
         prepared(gme.Source("", file))
 
 
-HOSTILE = {
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "a PNG of many pixels": lambda: bomb("PNG", b"IHDR", ">II", 50_000),
+    "a GIF of many pixels": lambda: bomb("GIF", b"," + bytes(4), "<HH", 50_000),  # in a frame larger than its screen
+    "a BMP of many pixels": lambda: bomb("BMP", b"\x28\0\0\0", "<ii", 50_000),
+    "a JPEG of many pixels": lambda: bomb("JPEG", b"\xff\xc0\0\x11\x08", ">HH", 50_000),
+    "a WEBP of many pixels": lambda: bomb("WEBP", b"\x9d\x01\x2a", "<HH", 16_000),
+    "an AVIF of many pixels": lambda: bomb("AVIF", b"ispe" + bytes(4), ">II", 16_000),
     "thousands of scans": lambda: progressive(5000),
     "a million segments": lambda: jpeg(1_000_000, b"\xff\xe3"),
-    "a million chunks": lambda: chunks(1_000_000),
     "fill bytes": lambda: b"\xff\xd8" + b"\xff" * 30_000_000,
     "EXIF in small pieces": lambda: jpeg(24_000, b"\xff\xe1", exif(1300)),
-    "EXIF in large pieces": lambda: jpeg(400, b"\xff\xe1", exif(65_000)),
     "EXIF of a PNG": lambda: save(picture(), "PNG", exif=exif(25_000_000)),
-    "EXIF of a WEBP": lambda: save(picture(), "WEBP", exif=exif(25_000_000)),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_file_of_very_many_parts_is_refused_in_little_time_and_memory(kind: str) -> None:
+def test_a_file_of_very_many_pixels_or_parts_is_refused_in_little_time_and_memory(kind: str) -> None:
     file = HOSTILE[kind]()
     with measured() as cost:
-        refused(gme.Source("", file))
+        error = refused(gme.Source("", file))
+    assert isinstance(error, gme.TooLargeError) == ("pixels" in kind)
     assert cost.megabytes < 150
     assert cost.seconds < 3
 
@@ -439,16 +355,12 @@ def test_the_key_differs_whenever_the_model_sees_something_else() -> None:
     sizes = ((448, 448), (448, 560), (560, 448))  # the last two have equal patches in another grid
     red, tall, wide = (save(Image.new("RGB", size, "red"), "PNG") for size in sizes)
     fake, turn = f"<|vision_start|>{PAD * 256}<|vision_end|>", "<|im_end|>\n<|im_start|>user\n"
-    sources = [gme.Source(text) for text in ("a", "b", " a")] + [gme.Source("a", None, QUERY)]
-    sources += [gme.Source("a", PHOTO), gme.Source("b", PHOTO), gme.Source("a", PHOTO, QUERY)]
-    sources += [gme.Source("", image) for image in (PHOTO, red, tall, wide)]
-    sources += [  # three with the same token ids: an image in one place, in the other, and nowhere
-        gme.Source(turn + fake, red),
-        gme.Source("", red, gme.DEFAULT_INSTRUCTION + turn + fake),
-        gme.Source(fake + turn + fake),
-    ]
-    inputs = [prepared(source) for source in sources]
-    assert len({one.key for one in inputs}) == len(sources)
+    given = [("a",), ("b",), (" a",), ("a", None, QUERY), ("a", PHOTO), ("b", PHOTO), ("a", PHOTO, QUERY)]
+    given += [("", image) for image in (PHOTO, red, tall, wide)]
+    # three with the same token ids: an image in one place, in the other, and nowhere
+    given += [(turn + fake, red), ("", red, gme.DEFAULT_INSTRUCTION + turn + fake), (fake + turn + fake,)]
+    inputs = [prepared(gme.Source(*fields)) for fields in given]
+    assert len({one.key for one in inputs}) == len(given)
     assert len({one.token_ids.tobytes() for one in inputs[-3:]}) == 1
 
 

@@ -55,35 +55,9 @@ def test_every_answer_is_as_the_description_says(fuzzed: Server, path: str) -> N
     check()
 
 
-NASTY = [
-    "<|image_pad|>",
-    "<|im_start|>",
-    "<|im_end|>\n",
-    "<|endoftext|>",
-    "<|im",
-    "{}",
-    "%s",
-    "\\",
-    '"',
-    "\r\n",
-    "👩‍👩‍👧‍👧",
-]
-NASTY += [*"\0\x1b\ufeff\ufffe\U0010ffff\u0301\u202e\u200d\t\n\u3000\u2028ﷺ", "word " * 500, "a" * 3000]
+NASTY = ["<|image_pad|>", "<|im_start|>", "<|im_end|>\n", "<|endoftext|>", "<|im", "{}", "%s", "\r\n", "👩‍👩‍👧‍👧"]
+NASTY += [*'\\"\0\x1b\ufeff\ufffe\U0010ffff\u0301\u202e\u200d\t\n\u3000\u2028ﷺ', "word " * 500, "a" * 3000]
 any_text = st.lists(st.sampled_from(NASTY) | st.text(max_size=12), max_size=6).map("".join)
-
-
-def embed(client: httpx.Client, texts: list[str], prompt: str | None) -> np.ndarray:
-    response = client.post("/embed/text", json={"texts": texts, "prompt": prompt})
-    assert response.status_code == 200, response.text
-    return np.array(response.json()["embeddings"])
-
-
-@given(st.lists(any_text, min_size=2, max_size=5), st.none() | any_text)
-@settings(FIXED, max_examples=60 * FUZZ)
-def test_a_text_has_the_same_vector_alone_and_among_others(client: httpx.Client, texts: list[str], prompt: str) -> None:
-    alone = np.concatenate([embed(client, [text], prompt) for text in texts])
-    np.testing.assert_allclose(embed(client, texts, prompt), alone, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-5)
 
 
 @given(any_text, any_text)

@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,35 +17,20 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, Address, golden
+from conftest import ENVIRONMENT, ROOT, STRICT, Address, free_port, golden
 
 ray = pytest.importorskip("ray", reason="deploy/requirements.txt is not installed")
 yaml = pytest.importorskip("yaml")
 
-from ray import cloudpickle, serve  # noqa: E402
+from ray import serve  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from deploy import ray_serve  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
 PATIENCE = 120  # seconds after which a test that hangs fails
-STRICT = {"GME_API_KEY": "a-long-and-secret-key", "GME_MAX_INPUTS": "3", "GME_MAX_BODY_MB": "1"}
-STRICT["GME_MAX_IMAGE_PIXELS"] = "50000"
-FAULTY = """
-import os, pathlib, torch, gme_service
-
-forward = gme_service.Model.forward
-
-def faulty(self, inputs):
-    if pathlib.Path(os.environ["ORDER"]).exists():
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    return forward(self, inputs)
-
-gme_service.Model.forward = faulty
-"""
 CORES = 2 * ray_serve.CORES  # that Ray thinks a node has: room for two replicas
 CASES = [case for case in golden() if case.image is None]
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the replicas cannot import this file
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +51,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def service(cluster: Cluster) -> Address:
     """Where Serve listens. The proxies of nodes that share a machine share the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "EveryNode"})
     return Address(f"http://127.0.0.1:{port}")
 
@@ -93,10 +75,10 @@ def deploy(service: Address) -> Callable[..., None]:
 
 def serve_run(cluster: Cluster, target: str, **environment: str) -> None:
     """The command of the README, which comes back when the app runs."""
-    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", cluster.address, "--non-blocking"]
-    done = subprocess.run(
-        [*command, target], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    serve_command = str(Path(sys.executable).with_name("serve"))
+    command = [serve_command, "run", "--address", cluster.address, "--non-blocking", target]
+    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(command, cwd=ROOT, **options)
     assert done.returncode == 0, done.stderr
 
 
@@ -134,8 +116,7 @@ class Load:
     """Clients that send one text after the other within the block, and compare each vector with the authors'."""
 
     def __init__(self, service: Address, clients: int) -> None:
-        self.url, self.outcomes = service.url, collections.Counter[str]()
-        self.ended = threading.Event()
+        self.url, self.outcomes, self.ended = service.url, collections.Counter[str](), threading.Event()
         self.threads = [threading.Thread(target=self.client, args=(number,)) for number in range(clients)]
 
     def __enter__(self) -> "Load":
@@ -149,17 +130,16 @@ class Load:
             thread.join()
 
     def client(self, number: int) -> None:
+        cases = itertools.islice(itertools.cycle(CASES), number, None)
         with httpx.Client(base_url=self.url, timeout=PATIENCE) as http:
-            for case in itertools.islice(itertools.cycle(CASES), number, None):
-                if self.ended.is_set():
-                    return
-                try:
+            while not self.ended.is_set():
+                case, outcome = next(cases), "no answer"
+                with contextlib.suppress(httpx.TransportError):
                     answer = http.post("/embed/text", json={"texts": [case.text], "prompt": case.prompt})
-                except httpx.TransportError:
-                    self.outcomes["no answer"] += 1
-                    continue
-                right = answer.status_code == 200 and np.allclose(answer.json()["embeddings"], [case.vector], atol=1e-5)
-                self.outcomes["the vector" if right else str(answer.status_code)] += 1
+                    outcome = str(answer.status_code)
+                    if outcome == "200" and np.allclose(answer.json()["embeddings"], [case.vector], atol=1e-5):
+                        outcome = "the vector"
+                self.outcomes[outcome] += 1
 
     def await_more(self, number: int) -> None:
         """Wait until so many more requests have an answer."""
@@ -175,16 +155,14 @@ def test_the_http_tests_pass_through_serve_run(
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_http.py", option]
     done = subprocess.run([*command, service.url], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
 
 
 def test_a_setting_that_cannot_be_used_is_a_sentence_and_no_hanging_replica(deploy: Callable[..., None]) -> None:
     options = ray_serve.actor_options()
     options["runtime_env"]["env_vars"]["GME_MAX_LENGTH"] = "long"
-
     with pytest.raises(RuntimeError):
         deploy(ray_actor_options=options)
-
     (application,) = serve.status().applications.values()
     assert "GME_MAX_LENGTH" in str(application.deployments["GME"].message)
 
@@ -200,14 +178,12 @@ def test_the_config_file_scales_to_two_under_load_and_back_and_no_request_fails(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     serve_run(cluster, str(tmp_path / "config.yaml"))
     wait_until(lambda: serve.status().applications["gme"].status == "RUNNING", "the app runs")
-
     with Load(service, clients=1) as light:
         with Load(service, clients=8) as heavy:
             wait_until(lambda: len(answering(service)) == 2, "two replicas answer")
             heavy.await_more(50)
         wait_until(lambda: len(replicas(cluster)) == 1, "one replica is left")
         light.await_more(10)
-
     assert set(light.outcomes | heavy.outcomes) == {"the vector"}
 
 
@@ -223,31 +199,3 @@ def test_a_replica_that_is_killed_costs_retryable_errors_and_is_replaced(
         load.await_more(50)
     assert load.outcomes["the vector"] > 50
     assert {what for what in load.outcomes if not what.startswith("5")} <= {"the vector", "no answer"}
-
-
-class Faulty(ray_serve.GME.func_or_class):
-    """A replica that loses its device when the file ORDER is there."""
-
-    async def __init__(self) -> None:
-        await super().__init__()
-        import faulty  # noqa: F401
-
-
-def test_a_replica_that_loses_its_device_is_replaced(
-    cluster: Cluster, service: Address, deploy: Callable[..., None], tmp_path: Path
-) -> None:
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    options = ray_serve.actor_options()
-    more = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "ORDER": str(tmp_path / "order"), "GME_CACHE_MB": "0"}
-    options["runtime_env"]["env_vars"] |= more
-    deploy(func_or_class=Faulty, ray_actor_options=options, autoscaling_config=None, num_replicas=1)
-
-    def post() -> httpx.Response:
-        return httpx.post(f"{service.url}/embed/text", json={"texts": ["a"]}, timeout=PATIENCE)
-
-    vector, (dying,) = post().json(), replicas(cluster)
-    (tmp_path / "order").touch()
-    assert post().status_code >= 500
-    (tmp_path / "order").unlink()
-    wait_until(lambda: set(replicas(cluster)) - {dying} and answering(service), "it is replaced")
-    assert post().json() == vector

@@ -235,7 +235,7 @@ def test_sums_that_are_damaged_agree_with_nothing(hub: Hub, by_hand: Path) -> No
             gme.verify(gme.Settings.load())
 
 
-def test_what_a_restart_does_not_mend_has_the_code_that_prevents_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_restart_does_not_mend_has_the_code_that_prevents_it(checkpoint: Path, monkeypatch: Patch) -> None:
     for name, value in (("GME_MODEL_ID", "toy/none"), ("GME_MODEL_DIR", "/proc/nowhere")):
         monkeypatch.setenv(name, value)
         with pytest.raises(gme.StartError) as stop:

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __version__ = "2.0.0"
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first tensor: large pages halve a start
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read with torch's first tensor: large pages halve the start time
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs every broken form
 log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configured by the time it imports the app
 
@@ -262,7 +262,7 @@ MAX_SCANS = 30  # of a progressive JPEG, each of which passes over the whole ima
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
 MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 32 times as much of them
 OPEN_SECONDS, PIXELS_PER_SECOND = 1, 10_000_000  # CPU time allowed to open a file, and then for its pixels
-CHUNK_WEIGHT = 1 << 14  # characters tokenized in one go, so that the texts of a small request are ready together
+CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go; an image is a chunk of its own
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
 
@@ -287,7 +287,7 @@ class Input:
 
     token_ids: np.ndarray  # (length,) int64
     prefix: tuple[int, ...]  # token ids of the prompt's part with the instruction
-    shared: int  # how many of the first token ids are those of `prefix`; less than length
+    shared: int  # how many of the first token ids are those of `prefix`: at most length - 1
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
@@ -365,7 +365,7 @@ class Preparer:
         # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        self.prefix = functools.lru_cache(16)(lambda text: tuple(self.encode([SYSTEM_PART.format(text)])[0]))
+        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(self.encode([SYSTEM_PART.format(text)])[0]))
         self.turn, self.decoding, self.free_pixels = threading.Lock(), threading.Condition(), max_image_pixels
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
@@ -388,7 +388,7 @@ class Preparer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]  # releases the interpreter lock
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix = self.prefix(source.instruction[: self.max_chars])
+        prefix = self.prefix_ids(source.instruction[: self.max_chars])
         image = dict[str, Any]()
         if source.image is not None:
             pixels = np.asarray(self.read_image(source.image))
@@ -538,7 +538,7 @@ class VisionTower:
             images = qkv.permute(1, 2, 0, 3).split(lengths, 2)  # (3, heads, patches, head_dim) each
             attended = torch.cat([attend(*image) for image in images], 1)
             hidden += block.proj(attended.transpose(0, 1).flatten(1))
-            for rows in hidden.split(512):  # what lies between the two products stays in the cache: 4 % of an image
+            for rows in hidden.split(512):  # views, so few that the numbers between the products stay in the cache
                 inner = block.fc1(block.norm2(rows).to(self.dtype))
                 rows += block.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
         merged = self.merger_norm(hidden).to(self.dtype).unflatten(0, (-1, 4)).flatten(1)
@@ -673,7 +673,7 @@ class Model:
             fault = f"its configuration cannot be used ({error!r})"
             raise StartError(f"{directory} is no Qwen2-VL checkpoint: {fault}.") from None
         self.dimension = self.decoder.embedding.shape[1]
-        self.kept_prefix = functools.lru_cache(16)(self.prefix)
+        self.kept_states = functools.lru_cache(16)(self.prefix_states)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
@@ -706,15 +706,15 @@ class Model:
             tokens = self.vision(pixels, [one.grid for _, one in images], self.attend)
             for (row, one), image in zip(images, tokens.split([len(x) // 4 for x in patches]), strict=True):
                 hidden[row, one.image_start - shared :][: len(image)] = image
-        key_values = self.kept_prefix if len(prefix) <= MAX_KEPT_PREFIX else self.prefix
+        key_values = self.kept_states if len(prefix) <= MAX_KEPT_PREFIX else self.prefix_states
         past = [(key[:, :, :shared], value[:, :, :shared]) for key, value in key_values(prefix)] if shared else []
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         return functional.normalize(self.decoder(hidden, last, past)[0], dim=-1)
 
-    def prefix(self, token_ids: tuple[int, ...]) -> KeyValues:
+    def prefix_states(self, token_ids: tuple[int, ...]) -> KeyValues:
         """Keys and values (1, groups, tokens, head_dim) of the part with an instruction."""
         hidden = functional.embedding(torch.tensor([token_ids], device=self.device), self.decoder.embedding)
-        return self.decoder(hidden, torch.tensor([0], device=self.device), [])[1]
+        return self.decoder(hidden, torch.tensor([0], device=self.device), [])[1]  # whatever the hidden state
 
     def check(self, texts: Sequence[Input]) -> None:
         """A probe: texts, the first with a small image, embedded together, and alone without the prefix cache.
@@ -745,14 +745,14 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is float16 on CUDA, as published; on a CPU bfloat16 where it computes it natively, else float32."""
     if name == "auto":
-        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        native = any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
         name = "float16" if device.type == "cuda" else "bfloat16" if native else "float32"
     return getattr(torch, name)
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
 
-MAX_PADDING = 0.2
+MAX_PADDING = 0.2  # of a batch's tokens
 AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 2.4 kB a token
 PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
@@ -761,7 +761,7 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
 ENDING = "The service is ending: try again in a moment."
-Order = tuple[int, int]  # (clock at arrival + rank in its request, number of the request): the lowest goes first
+Order = tuple[int, int]  # (Batcher.clock at arrival + rank in its request, number of the request): lowest first
 Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
 Future = asyncio.Future[Embedding]
 
@@ -971,8 +971,8 @@ class Batcher:
     def next_batch(self) -> list[Ready]:
         """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
 
-        Candidates follow in order, share its instruction and fit into the batch's tokens. Taken are the most of them,
-        nearest first, of whose batch at most a fifth is padding.
+        Candidates follow in order, share its instruction and fit into the batch's tokens. Of these, nearest first, the
+        longest run is taken that makes a batch with at most MAX_PADDING.
         """
         self.ready = {key: one for key, one in self.ready.items() if one.wanted}
         in_order = sorted(self.ready.values(), key=lambda one: one.order)
@@ -989,7 +989,7 @@ class Batcher:
             num_padded = count * longest
             if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
                 size = count
-        # New requests are numbered from the lowest order that is not computed, which rises with every batch.
+        # New requests are numbered from the lowest order that is not computed, or 1 higher than before this batch.
         waiting = [first.order, *self.preparing, *(one.order for one in self.unprepared[:1])]
         self.clock = max(self.clock + 1, min(waiting)[0])
         BATCH_INPUTS.observe(size)
@@ -1181,14 +1181,14 @@ async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, b
     """The files (name, content) and other fields of a multipart form, kept in memory. Raises `MalformedError`."""
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
     parts: list[Any] = []
-    ends: list[bool] = []
+    done: list[bool] = []
     try:
-        callbacks, config = (parts.append, parts.append, lambda: ends.append(True)), {"MAX_MEMORY_FILE_SIZE": math.inf}
+        callbacks, config = (parts.append, parts.append, lambda: done.append(True)), {"MAX_MEMORY_FILE_SIZE": math.inf}
         parser = multipart.FormParser(kind.decode(), *callbacks, options.get(b"boundary"), config=config)
         async for chunk in request.stream():
             parser.write(chunk)
             check_count(max(1, len(parts) - 2), max_files)
-        if not ends:
+        if not done:
             raise ValueError("it ends before its last boundary")
         found: list[Any] = [part for part in parts if isinstance(part, multipart.File) and part.field_name == b"file"]
         others: list[Any] = [part for part in parts if isinstance(part, multipart.Field)]
@@ -1309,7 +1309,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @app.get("/v1/models", **openai)
+    @app.get("/v1/models", tags=openai["tags"], dependencies=key, responses={401: errors[401]})
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
         entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}

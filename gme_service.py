@@ -737,6 +737,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.ones(1, device=device).item()  # "meta" has no numbers
+    except torch.OutOfMemoryError:
+        raise  # the process before this one may still hold the memory: systemd tries again
     except (RuntimeError, AssertionError) as error:
         raise StartError(f"GME_DEVICE={name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -1273,7 +1275,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
     openai: dict[str, Any] = {"tags": ["OpenAI's API"], "dependencies": key, "responses": errors}
     vector, most = [0.0134, -0.0127, 0.0451], min(settings.max_inputs, settings.max_queue)
-    vectors, vector_list = {"embeddings": [vector]}, {"object": "list", "data": [{"index": 0, "embedding": vector}]}
+    vectors, usage = {"embeddings": [vector]}, {"prompt_tokens": 25, "total_tokens": 25}
+    data = [{"object": "embedding", "index": 0, "embedding": vector}]
+    vector_list = {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
 
     @app.post("/embed/text", **ours, openapi_extra=described(Texts, "application/json", vectors))
     async def embed_text(request: Request) -> Response:

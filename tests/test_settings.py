@@ -86,6 +86,15 @@ def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
     assert "\n" not in str(stop.value)
 
 
+def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypatch: Patch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError):  # and not with the code that prevents a restart
+        gme.choose_device("cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "device", "features", "dtype"),
     [

@@ -842,14 +842,9 @@ class Batcher:
         self.ready: dict[bytes, Ready] = {}  # by key of the input: equal ones are computed once
         self.computing: dict[bytes, Ready] = {}  # the batch under way
         self.cache: OrderedDict[bytes, Embedding] = OrderedDict()
-        self.open: set[Future] = set()  # of the requests under way
+        self.open: set[Future] = set()  # of all inputs of the requests under way
         self.clock = self.requests = 0  # how far the queue has got, in inputs; requests so far
         self.changed, self.alive = asyncio.Event(), True
-
-    @property
-    def depth(self) -> int:
-        """Inputs of the requests under way."""
-        return len(self.open)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
         """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
@@ -859,7 +854,7 @@ class Batcher:
         """
         if not self.alive:
             raise BusyError(ENDING)
-        if self.depth + len(sources) > self.max_queue:
+        if len(self.open) + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
         self.requests += 1
         loop, arrived = asyncio.get_running_loop(), time.perf_counter()
@@ -915,8 +910,7 @@ class Batcher:
             while not (chunk := self.next_chunk()):
                 await self.changed.wait()
             self.preparing.append(chunk[0].order)
-            sources = [one.source for one in chunk]
-            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, sources)
+            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, [one.source for one in chunk])
             self.preparing.remove(chunk[0].order)
             for (order, arrived, source, future), one in zip(chunk, prepared, strict=True):
                 if isinstance(one, ServiceError):
@@ -1257,7 +1251,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
     INFO.labels(**state).set(1)
-    QUEUE_DEPTH.set_function(lambda: batcher.depth)
+    QUEUE_DEPTH.set_function(lambda: len(batcher.open))
     app = FastAPIOffline(
         title="GME Service",
         version=__version__,
@@ -1285,8 +1279,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         body = await read_json(request, Texts, settings.max_inputs)
         prompt = body.prompt or DEFAULT_INSTRUCTION
         sources = [Source(text, None, prompt, f"Input {number}: ") for number, text in enumerate(body.texts, start=1)]
-        embeddings, _ = await embed(request, batcher, sources, most)
-        return json_response({"embeddings": embeddings})
+        return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
     @app.post("/embed/image", **ours, openapi_extra=described(ImageForm, "multipart/form-data", vectors))
     async def embed_image(request: Request) -> Response:
@@ -1295,8 +1288,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         text, prompt = fields.get(b"text", ""), fields.get(b"prompt") or DEFAULT_INSTRUCTION
         names = [f"File {number} ({name[:50]}): " for number, (name, _) in enumerate(files, start=1)]
         sources = [Source(text, content, prompt, name) for name, (_, content) in zip(names, files, strict=True)]
-        embeddings, _ = await embed(request, batcher, sources, most)
-        return json_response({"embeddings": embeddings})
+        return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
     @app.post("/v1/embeddings", **openai, openapi_extra=described(OpenAIRequest, "application/json", vector_list))
     async def openai_embeddings(request: Request) -> Response:
@@ -1324,7 +1316,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         status = "ok" if batcher.alive else "the batcher has ended"
-        body = {"status": status, **state, "dimension": model.dimension, "queue_depth": batcher.depth}
+        body = {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.open)}
         return json_response(body, 200 if batcher.alive else 503)
 
     @app.get("/", include_in_schema=False)

@@ -1046,10 +1046,14 @@ class OpenAIRequest(BaseModel, json_schema_extra={"examples": [{"input": EXAMPLE
     prompt: str | None = Field(None, description=PROMPT)
 
 
+def example(answer: object) -> dict[str, Any]:
+    return {"content": {"application/json": {"example": answer}}}
+
+
 def described(body: type[BaseModel], media_type: str, answer: object) -> dict[str, Any]:
     """What the page /docs shows of a route that reads its body by itself."""
     request = {"required": True, "content": {media_type: {"schema": body.model_json_schema()}}}
-    answers = {"200": {"description": "The embeddings.", "content": {"application/json": {"example": answer}}}}
+    answers = {"200": {"description": "The embeddings."} | example(answer)}
     return {"requestBody": request, "responses": answers}
 
 
@@ -1262,7 +1266,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         static_url="/docs/static",
     )
     errors: dict[int | str, dict[str, Any]] = {
-        kind.status: {"content": {"application/json": {"example": {"detail": kind.example}}}}
+        kind.status: example({"detail": kind.example})
         for kind in (InputError, KeyRefusedError, TooLargeError, MalformedError, ServiceError, BusyError)
     }
     key = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
@@ -1305,19 +1309,25 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
 
-    @app.get("/v1/models", tags=openai["tags"], dependencies=key, responses={401: errors[401]})
+    entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
+    more = {"dimension": model.dimension, "max_length": settings.max_length}
+    models = {"object": "list", "data": [entry | more]}
+
+    @app.get("/v1/models", tags=openai["tags"], dependencies=key, responses={200: example(models), 401: errors[401]})
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
-        entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
-        more = {"dimension": model.dimension, "max_length": settings.max_length}
-        return json_response({"object": "list", "data": [entry | more]})
+        return json_response(models)
 
-    @app.get("/health", tags=["State"])
+    def health_now() -> dict[str, Any]:
+        status = "ok" if batcher.alive else "the batcher has ended"
+        return {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.open)}
+
+    ended = example(health_now() | {"status": "the batcher has ended"})
+
+    @app.get("/health", tags=["State"], responses={200: example(health_now()), 503: ended})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
-        status = "ok" if batcher.alive else "the batcher has ended"
-        body = {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.open)}
-        return json_response(body, 200 if batcher.alive else 503)
+        return json_response(health_now(), 200 if batcher.alive else 503)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

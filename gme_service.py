@@ -149,11 +149,12 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 
 CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+INDEX = "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # of what a start reads, in the format of the command sha256sum
 
 
 def weight_files(directory: Path) -> set[Path]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
     return {directory / shard for shard in shards}
 
@@ -170,8 +171,7 @@ def is_complete(directory: Path) -> bool:
 
 def file_sums(directory: Path) -> dict[str, str]:
     """The SHA-256 of each file that a start reads, by its name."""
-    index = directory / "model.safetensors.index.json"
-    paths = [*(directory / name for name in CONFIGS), *([index] if index.exists() else []), *weight_files(directory)]
+    paths = [*(directory / name for name in (*CONFIGS, INDEX)), *weight_files(directory)]
     return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths if path.exists()}
 
 
@@ -233,7 +233,10 @@ def verify(settings: Settings) -> str:
     noted_before = (directory / SUMS).exists()
     if not noted_before and not is_complete(directory):
         raise StartError(f"There is no complete checkpoint in {directory} yet: start the service to fetch it.")
-    found = file_sums(directory)
+    try:
+        found = file_sums(directory)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StartError(f"{INDEX} is damaged. Delete it in {directory}, and start again.") from None
     if not noted_before:
         download(settings, directory, compare=True)
     lines = (line.partition(" ") for line in (directory / SUMS).read_text().splitlines())

@@ -215,6 +215,9 @@ def test_after_a_download_a_changed_file_is_found_without_the_hub(hub: Hub, chec
     with pytest.raises(gme.StartError) as changed:
         gme.verify(settings)
     assert named(changed.value) == [SHARDS[1], "tokenizer.json"]
+    (checkpoint / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(gme.StartError, match="index"):
+        gme.verify(settings)
     assert hub.listings == 1  # for the download
 
 

@@ -1,48 +1,45 @@
-"""Write a checkpoint of the published shape with random weights: `python tests/make_random.py OUT_DIR [--layers N]`.
+"""Write a checkpoint of the published shape with random weights: `python tests/make_random.py OUT_DIR`.
 
 The published model is 8.8 GB and cannot be shipped with a test suite. Time and memory do not depend on the values of
 the weights, so this stands in for it in `tests/benchmark.py`: same names, shapes, dtype and number of shards. It uses
-the toy checkpoint's tokenizer, and its vectors mean nothing. Fewer layers make a small one, to try things out with.
+the toy checkpoint's tokenizer, and its vectors mean nothing.
 """
 
-import argparse
 import json
 import math
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 TOY = Path(__file__).parent / "models" / "toy" / "shapes"
 SHARDS = 2
-PUBLISHED = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
-PUBLISHED |= {"vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-VISION = {"model_type": "qwen2_vl", "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
-VISION |= {"in_chans": 3, "spatial_patch_size": 14}
+DEPTHS = {"layers": 28, "blocks": 32}
+SIZES = {  # of the published model, by those of the toy
+    "model": {128: 1536, 256: 8960, 64: 256, 730: 151936},
+    "visual": {64: 1280, 128: 1536, 192: 3840, 256: 5120},
+}
+CONFIG = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+CONFIG |= {"num_hidden_layers": 28, "vocab_size": 151936}
+VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16}
 
 
-def shapes(layers: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """The published names of the weights that the service reads, with their shapes."""
-    width, inner, vision = PUBLISHED["hidden_size"], PUBLISHED["intermediate_size"], VISION["embed_dim"]
-    narrow, mlp = width // PUBLISHED["num_attention_heads"] * PUBLISHED["num_key_value_heads"], 4 * vision
-    plain = [("model.embed_tokens", PUBLISHED["vocab_size"], width), ("model.norm", width)]
-    plain += [("visual.patch_embed.proj", vision, 3, 2, 14, 14)]
-    biased = [("visual.merger.ln_q", vision), ("visual.merger.mlp.0", mlp, mlp), ("visual.merger.mlp.2", width, mlp)]
-    for layer in (f"model.layers.{number}" for number in range(layers)):
-        plain += [(f"{layer}.{norm}_layernorm", width) for norm in ("input", "post_attention")]
-        plain += [(f"{layer}.self_attn.o_proj", width, width), (f"{layer}.mlp.down_proj", width, inner)]
-        plain += [(f"{layer}.mlp.{part}_proj", inner, width) for part in ("gate", "up")]
-        biased += [
-            (f"{layer}.self_attn.{part}_proj", rows, width)
-            for part, rows in (("q", width), ("k", narrow), ("v", narrow))
-        ]
-    for block in (f"visual.blocks.{number}" for number in range(depth)):
-        biased += [(f"{block}.norm1", vision), (f"{block}.norm2", vision), (f"{block}.attn.qkv", 3 * vision, vision)]
-        biased += [(f"{block}.attn.proj", vision, vision)]
-        biased += [(f"{block}.mlp.fc1", mlp, vision), (f"{block}.mlp.fc2", vision, mlp)]
-    weights = {f"{name}.weight": tuple(shape) for name, *shape in plain + biased}
-    return weights | {f"{name}.bias": (rows,) for name, rows, *_ in biased}
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The toy's names and shapes in the published sizes, and its first layer and block as often as there are such."""
+    found = {}
+    for path in sorted(TOY.glob("*.safetensors")):
+        with safe_open(path, "pt") as toy:
+            for name in toy.keys():  # noqa: SIM118  # a file is no mapping
+                sizes = SIZES[name.partition(".")[0]]
+                shape = tuple(sizes.get(size, size) for size in toy.get_slice(name).get_shape())
+                stack, number = re.match(r"(?:\w+\.(layers|blocks)\.(\d+)\.)?", name).groups()
+                numbers = range(DEPTHS[stack]) if number == "0" else [] if number else [None]
+                found |= {name.replace(".0.", f".{one}.", 1) if stack else name: shape for one in numbers}
+    return found
 
 
 def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -52,30 +49,21 @@ def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape) * (0.02 if "embed_tokens" in name else math.prod(shape[1:]) ** -0.5)
 
 
-def make(out: Path, layers: int = 28, depth: int = 32) -> None:
+def make(out: Path) -> None:
     """Write config, tokenizer, preprocessor config, weight shards and their index into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json"):
-        shutil.copy(TOY / name, out / name)
-    config = json.loads((TOY / "config.json").read_text()) | PUBLISHED
-    config |= {"num_hidden_layers": layers, "max_window_layers": layers, "vision_config": VISION | {"depth": depth}}
+    shutil.copytree(TOY, out, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    config = json.loads((TOY / "config.json").read_text())
+    config |= CONFIG | {"vision_config": config["vision_config"] | VISION}
     (out / "config.json").write_text(json.dumps(config, indent=2))
-
     torch.manual_seed(0)
-    found = shapes(layers, depth)
-    weight_map: dict[str, str] = {}
+    found, weight_map = shapes(), dict[str, str]()
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
         weights = {name: random_weight(name, found[name]) for name in list(found)[shard::SHARDS]}
         save_file(weights, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, file)
-    index = {"metadata": {"total_size": 4 * sum(map(math.prod, found.values()))}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the directory to write")
-    parser.add_argument("--layers", type=int, default=28, help="of the decoder; 28 unless given")
-    arguments = parser.parse_args()
-    make(arguments.out, arguments.layers, 32 if arguments.layers == 28 else arguments.layers)
+    make(Path(sys.argv[1]))

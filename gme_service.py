@@ -49,7 +49,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -149,12 +149,11 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 
 CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
-INDEX = "model.safetensors.index.json"
-SUMS = "SHA256SUMS"  # of what a start reads, in the format of the command sha256sum
+SUMS = "SHA256SUMS"  # of the files, in the format of the command sha256sum
 
 
 def weight_files(directory: Path) -> set[Path]:
-    index = directory / INDEX
+    index = directory / "model.safetensors.index.json"
     shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
     return {directory / shard for shard in shards}
 
@@ -165,35 +164,30 @@ def is_complete(directory: Path) -> bool:
         for name in CONFIGS:
             json.loads((directory / name).read_bytes())
         return all(safe_open(path, framework="np") for path in weight_files(directory))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except Exception:  # whatever a damaged file makes its reader trip over
         return False
 
 
-def file_sums(directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file that a start reads, by its name."""
-    paths = [*(directory / name for name in (*CONFIGS, INDEX)), *weight_files(directory)]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths if path.exists()}
+def file_sums(directory: Path) -> set[str]:
+    """A line for each file, with its SHA-256 and its name."""
+    paths = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
+    return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
 
 
-def download(settings: Settings, directory: Path, compare: bool = False) -> None:
-    """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums.
+def download(settings: Settings, directory: Path) -> None:
+    """Fetch from ModelScope what `directory` lacks or has otherwise, and note the sums.
 
-    With `compare`, also what is there and differs from the hub's. Raises `HubError`, or `StartError` for a directory
-    that cannot be written and a model that the hub does not have.
+    Raises `HubError`, or `StartError` for a model that the hub does not have and a directory that cannot be written.
     """
+    os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111  # Path.home() raises where there is none
-        os.environ["HOME"] = str(settings.model_dir)  # where the client keeps settings of its own
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error}.") from None
-    try:
         with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
-            if is_complete(directory) and not compare:
+            if is_complete(directory) and (directory / SUMS).exists():
                 return
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
@@ -201,22 +195,18 @@ def download(settings: Settings, directory: Path, compare: bool = False) -> None
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            noted = directory / f"{SUMS}.part"
-            noted.write_text("".join(f"{x}  {name}\n" for name, x in file_sums(directory).items()))
-            noted.replace(directory / SUMS)
-    except Exception as error:  # the client raises many kinds; the second of its many lines names the file that failed
-        reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
-        hub = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
-        unknown = getattr(getattr(error, "response", None), "status_code", None) == 404
-        raise (StartError if unknown else HubError)(
-            f"Downloading {settings.model_id} from {hub} into {directory} failed ({reason}). Start again to go on where"
-            " the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a directory that has"
-            f" them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
+            (directory / SUMS).write_text("\n".join(sorted(file_sums(directory))))
+    except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
+        refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
+        raise (StartError if refused else HubError)(
+            f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
+            " go on where the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a"
+            f" directory that has them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
         ) from None
 
 
 def find_checkpoint(settings: Settings) -> Path:
-    """The directory of the checkpoint, downloaded first when it is not complete. Raises `HubError`."""
+    """The directory of the checkpoint, downloaded first when it is not complete."""
     directory = settings.model_dir / settings.model_id
     if not is_complete(directory):
         download(settings, directory)
@@ -227,21 +217,16 @@ def verify(settings: Settings) -> str:
     """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
 
     Returns a sentence when all agree, or when the hub's files have taken the place of those that differed. Raises
-    `StartError` with one that says which to delete, or `HubError`.
+    `StartError` with one that says which to delete.
     """
     directory = settings.model_dir / settings.model_id
-    noted_before = (directory / SUMS).exists()
-    if not noted_before and not is_complete(directory):
-        raise StartError(f"There is no complete checkpoint in {directory} yet: start the service to fetch it.")
-    try:
-        found = file_sums(directory)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise StartError(f"{INDEX} is damaged. Delete it in {directory}, and start again.") from None
+    found, sums = file_sums(directory), directory / SUMS
+    if not found:
+        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
+    noted_before = sums.exists()
     if not noted_before:
-        download(settings, directory, compare=True)
-    lines = (line.partition(" ") for line in (directory / SUMS).read_text().splitlines())
-    noted = {name.lstrip(" *"): digest for digest, _, name in lines}
-    wrong = ", ".join(sorted(name for name in found.keys() | noted.keys() if found.get(name) != noted.get(name)))
+        download(settings, directory)
+    wrong = ", ".join(sorted({line[66:] for line in found ^ set(sums.read_text().splitlines())}))
     if wrong and noted_before:
         raise StartError(f"Changed since they came, or missing: {wrong}. Delete them in {directory}, and start again.")
     if wrong:

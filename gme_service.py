@@ -174,11 +174,15 @@ def file_sums(directory: Path) -> set[str]:
     return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
 
 
-def download(settings: Settings, directory: Path) -> None:
-    """Fetch from ModelScope what `directory` lacks or has otherwise, and note the sums.
+def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
+    """The directory of the checkpoint. When files are missing they come from ModelScope first, and the sums are noted.
 
-    Raises `HubError`, or `StartError` for a model that the hub does not have and a directory that cannot be written.
+    With `compare`, also files that differ from the hub's. Raises `HubError`, or `StartError` for a model that the hub
+    does not have and a directory that cannot be written.
     """
+    directory = settings.model_dir / settings.model_id
+    if is_complete(directory) and not compare:
+        return directory
     os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
@@ -188,7 +192,7 @@ def download(settings: Settings, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
             if is_complete(directory) and (directory / SUMS).exists():
-                return
+                return directory
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
             log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
@@ -203,13 +207,6 @@ def download(settings: Settings, directory: Path) -> None:
             " go on where the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a"
             f" directory that has them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
         ) from None
-
-
-def find_checkpoint(settings: Settings) -> Path:
-    """The directory of the checkpoint, downloaded first when it is not complete."""
-    directory = settings.model_dir / settings.model_id
-    if not is_complete(directory):
-        download(settings, directory)
     return directory
 
 
@@ -225,7 +222,7 @@ def verify(settings: Settings) -> str:
         raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
     noted_before = sums.exists()
     if not noted_before:
-        download(settings, directory)
+        find_checkpoint(settings, compare=True)
     wrong = ", ".join(sorted({line[66:] for line in found ^ set(sums.read_text().splitlines())}))
     if wrong and noted_before:
         raise StartError(f"Changed since they came, or missing: {wrong}. Delete them in {directory}, and start again.")

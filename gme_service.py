@@ -213,21 +213,18 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
 def verify(settings: Settings) -> str:
     """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
 
-    Returns a sentence when all agree, or when the hub's files have taken the place of those that differed. Raises
-    `StartError` with one that says which to delete.
+    Returns a sentence when all agree. Raises `StartError` with one that names the files that do not; the hub's have
+    taken their place where it was asked.
     """
     directory = settings.model_dir / settings.model_id
-    found, sums = file_sums(directory), directory / SUMS
+    found, sums, advice = file_sums(directory), directory / SUMS, "delete them, and start again"
     if not found:
         raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
-    noted_before = sums.exists()
-    if not noted_before:
+    if not sums.exists():
         find_checkpoint(settings, compare=True)
-    wrong = ", ".join(sorted({line[66:] for line in found ^ set(sums.read_text().splitlines())}))
-    if wrong and noted_before:
-        raise StartError(f"Changed since they came, or missing: {wrong}. Delete them in {directory}, and start again.")
-    if wrong:
-        return f"Other than the hub's, and fetched again into {directory}: {wrong}."
+        advice = "the hub's have taken their place"
+    if wrong := sorted({line[66:] for line in found ^ set(sums.read_text().splitlines())}):
+        raise StartError(f"Changed or missing in {directory}: {', '.join(wrong)}; {advice}.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 

@@ -64,13 +64,7 @@ log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configur
 
 
 class StartError(Exception):
-    """The service cannot start; the message says what to do."""
-
-    exit_code = 78  # EX_CONFIG of sysexits.h: a restart would fail the same way
-
-
-class HubError(StartError):
-    exit_code = 1  # unlike a setting, the hub may be right when systemd starts the service again
+    """The service cannot start, and a restart would fail the same way; the message says what to do."""
 
 
 class ServiceError(Exception):
@@ -177,8 +171,8 @@ def file_sums(directory: Path) -> set[str]:
 def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
     """The directory of the checkpoint. When files are missing they come from ModelScope first, and the sums are noted.
 
-    With `compare`, also files that differ from the hub's. Raises `HubError`, or `StartError` for a model that the hub
-    does not have and a directory that cannot be written.
+    With `compare`, also files that differ from the hub's. Raises `StartError` for a model that the hub does not have
+    and a directory that cannot be written, and else `SystemExit`: its code is 1, and systemd tries again.
     """
     directory = settings.model_dir / settings.model_id
     if is_complete(directory) and not compare:
@@ -202,7 +196,7 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
             (directory / SUMS).write_text("\n".join(sorted(file_sums(directory))))
     except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
         refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
-        raise (StartError if refused else HubError)(
+        raise (StartError if refused else SystemExit)(
             f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
             " go on where the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a"
             f" directory that has them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
@@ -1375,4 +1369,4 @@ try:
 except StartError as error:
     print(error, file=sys.stderr)
     # uvicorn starts a worker again and again unless it ends with 3
-    sys.exit(3 if multiprocessing.parent_process() else error.exit_code)
+    sys.exit(3 if multiprocessing.parent_process() else 78)  # EX_CONFIG of sysexits.h

@@ -121,22 +121,21 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     @classmethod
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
-        known = [f"GME_{name.upper()}" for name in cls.model_fields]
-        unknown = [name for name in os.environ if name.upper().startswith("GME_") and name.upper() not in known]
-        nearest = {name: difflib.get_close_matches(name.upper(), known, 1) or known for name in unknown}
-        faults = [f"{name} is not a setting: use {' or '.join(names)}." for name, names in nearest.items()]
+        known, faults = [f"GME_{name.upper()}" for name in cls.model_fields], []
+        for name in os.environ:
+            if name.upper().startswith("GME_") and name.upper() not in known:
+                nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+                faults.append(f"{name} is not a setting: the nearest is {nearest[0]}.")
         try:
             settings = cls()
             settings.model_dir = settings.model_dir.expanduser()
         except ValidationError as error:
-            named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
+            named = [(f"GME_{fault['loc'][0]}".upper(), fault) for fault in error.errors()]
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
             faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
         if faults:
             raise StartError("\n".join(faults))
-        if "GME_API_KEY" in map(str.upper, os.environ) and not settings.api_key:
-            log.warning("GME_API_KEY is empty: every client is served.")
         return settings
 
 
@@ -1317,8 +1316,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 # --------------------------------------------------------------------------------------------------------- 7. app
 
-PROBES = ("A red circle on white.", "harbour")  # short, as every start computes them
-
 
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
@@ -1327,22 +1324,23 @@ def build() -> FastAPI:
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
     model = Model(directory, device, choose_dtype(settings.dtype, device))
-    model.check([one for one in prepare([Source(text) for text in PROBES]) if isinstance(one, Input)])
+    probes = prepare([Source("A red circle on white."), Source("harbour")])  # short, as every start computes them
+    model.check([one for one in probes if isinstance(one, Input)])
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
     max_tokens = settings.max_batch_tokens or batch_tokens
     batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
-
     # The 503 of all that waits goes out, and then the process ends, for systemd to start a fresh one.
     batcher.on_death = lambda: asyncio.get_running_loop().call_later(3, os._exit, 1)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    where = f"{settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions"
-    key = "an API key is needed" if settings.api_key else "no API key is needed"
-    seconds = time.perf_counter() - started
-    log.info("GME Service %s: %s, loaded in %.1f s from %s; %s.", __version__, where, seconds, directory, key)
+    key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
+    log.info(
+        f"GME Service {__version__}: {settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions,"
+        f" loaded in {time.perf_counter() - started:.1f} s from {directory}; {key}."
+    )
     return create_app(settings, batcher, model)
 
 

@@ -1344,27 +1344,17 @@ def build() -> FastAPI:
     return create_app(settings, batcher, model)
 
 
-def main(arguments: list[str]) -> None:
-    """`python gme_service.py`: uvicorn with its own options, or one of ours. Raises `StartError`."""
-    if arguments == ["--version"]:
+try:
+    if __name__ != "__main__":
+        app = build()
+    elif sys.argv[1:] == ["--version"]:
         print(__version__)
-    elif arguments == ["--verify"]:
+    elif sys.argv[1:] == ["--verify"]:
         print(verify(Settings.load()))
     else:
-        Settings.load()  # here, as a worker of uvicorn cannot pass on its exit code
-        if "--help" in arguments:
-            print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
-            print("The settings are environment variables GME_*: see README.md.\n", flush=True)
-        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
-        os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])
-
-
-try:
-    if __name__ == "__main__":
-        main(sys.argv[1:])
-    else:
-        app = build()
+        command = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
+        os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
 except StartError as error:
     print(error, file=sys.stderr)
-    # uvicorn starts a worker again and again unless it ends with 3
-    sys.exit(3 if multiprocessing.parent_process() else 78)  # EX_CONFIG of sysexits.h
+    # uvicorn starts a worker again and again unless it ends with 3; 78 is EX_CONFIG of sysexits.h
+    sys.exit(3 if multiprocessing.parent_process() else 78)

@@ -98,8 +98,6 @@ class DeviceError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
-
-
 class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
     """The environment variables `GME_*`; README.md has the table."""
 
@@ -140,7 +138,6 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
-
 CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 SUMS = "SHA256SUMS"  # of the files, in the format of the command sha256sum
 
@@ -168,10 +165,9 @@ def file_sums(directory: Path) -> set[str]:
 
 
 def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
-    """The directory of the checkpoint. When files are missing they come from ModelScope first, and the sums are noted.
+    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case.
 
-    With `compare`, also files that differ from the hub's. Raises `StartError` for a model that the hub does not have
-    and a directory that cannot be written, and else `SystemExit`: its code is 1, and systemd tries again.
+    Raises `StartError` when the hub or the disk refuses, and else `SystemExit`, whose code 1 makes systemd try again.
     """
     directory = settings.model_dir / settings.model_id
     if is_complete(directory) and not compare:
@@ -204,10 +200,9 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
 
 
 def verify(settings: Settings) -> str:
-    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
+    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub's files.
 
-    Returns a sentence when all agree. Raises `StartError` with one that names the files that do not; the hub's have
-    taken their place where it was asked.
+    Raises `StartError` with the names of those that differ; the hub's have taken their place where it was asked.
     """
     directory = settings.model_dir / settings.model_id
     found, sums, advice = file_sums(directory), directory / SUMS, "delete them, and start again"
@@ -216,7 +211,7 @@ def verify(settings: Settings) -> str:
     if not sums.exists():
         find_checkpoint(settings, compare=True)
         advice = "the hub's have taken their place"
-    if wrong := sorted({line[66:] for line in found ^ set(sums.read_text().splitlines())}):
+    if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
         raise StartError(f"Changed or missing in {directory}: {', '.join(wrong)}; {advice}.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
@@ -1315,8 +1310,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
-
-
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
     started, settings = time.perf_counter(), Settings.load()
@@ -1327,10 +1320,9 @@ def build() -> FastAPI:
     probes = prepare([Source("A red circle on white."), Source("harbour")])  # short, as every start computes them
     model.check([one for one in probes if isinstance(one, Input)])
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
-    batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+    max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
-    max_tokens = settings.max_batch_tokens or batch_tokens
-    batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
+    batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     # The 503 of all that waits goes out, and then the process ends, for systemd to start a fresh one.
     batcher.on_death = lambda: asyncio.get_running_loop().call_later(3, os._exit, 1)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

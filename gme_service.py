@@ -122,8 +122,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
         known, faults = [f"GME_{name.upper()}" for name in cls.model_fields], []
         for name in os.environ:
             if name.upper().startswith("GME_") and name.upper() not in known:
-                nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
-                faults.append(f"{name} is not a setting: the nearest is {nearest[0]}.")
+                (nearest,) = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+                faults.append(f"{name} is not a setting: the nearest is {nearest}.")
         try:
             settings = cls()
             settings.model_dir = settings.model_dir.expanduser()
@@ -138,8 +138,7 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
-CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
-SUMS = "SHA256SUMS"  # of the files, in the format of the command sha256sum
+SUMS = "SHA256SUMS"
 
 
 def weight_files(directory: Path) -> set[Path]:
@@ -151,7 +150,7 @@ def weight_files(directory: Path) -> set[Path]:
 def is_complete(directory: Path) -> bool:
     """Whether `directory` holds a whole checkpoint. The header of a weight file shows when the file was cut short."""
     try:
-        for name in CONFIGS:
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
             json.loads((directory / name).read_bytes())
         return all(safe_open(path, framework="np") for path in weight_files(directory))
     except Exception:  # whatever a damaged file makes its reader trip over
@@ -159,7 +158,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def file_sums(directory: Path) -> set[str]:
-    """A line for each file, with its SHA-256 and its name."""
+    """For each file the line that the command sha256sum prints."""
     paths = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
     return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
 
@@ -193,8 +192,7 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
         refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
         raise (StartError if refused else SystemExit)(
             f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
-            " go on where the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a"
-            f" directory that has them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
+            " go on where it ended, or put the files there by hand, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT."
         ) from None
     return directory
 

@@ -49,7 +49,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,13 +64,7 @@ log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configur
 
 
 class StartError(Exception):
-    """The service cannot start; the message says what to do."""
-
-    exit_code = 78  # EX_CONFIG of sysexits.h: a restart would fail the same way
-
-
-class HubError(StartError):
-    exit_code = 1  # unlike a setting, the hub may be right when systemd starts the service again
+    """The service cannot start, and a restart would fail the same way; the message says what to do."""
 
 
 class ServiceError(Exception):
@@ -104,8 +98,6 @@ class DeviceError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
-
-
 class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
     """The environment variables `GME_*`; README.md has the table."""
 
@@ -127,34 +119,30 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     @classmethod
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
-        known = [f"GME_{name.upper()}" for name in cls.model_fields]
-        unknown = [name for name in os.environ if name.upper().startswith("GME_") and name.upper() not in known]
-        nearest = {name: difflib.get_close_matches(name.upper(), known, 1) or known for name in unknown}
-        faults = [f"{name} is not a setting: use {' or '.join(names)}." for name, names in nearest.items()]
+        known, faults = [f"GME_{name.upper()}" for name in cls.model_fields], []
+        for name in os.environ:
+            if name.upper().startswith("GME_") and name.upper() not in known:
+                (nearest,) = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+                faults.append(f"{name} is not a setting: the nearest is {nearest}.")
         try:
             settings = cls()
             settings.model_dir = settings.model_dir.expanduser()
         except ValidationError as error:
-            named = ((f"GME_{fault['loc'][0]!s}".upper(), fault) for fault in error.errors())
+            named = [(f"GME_{fault['loc'][0]}".upper(), fault) for fault in error.errors()]
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
             faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
         if faults:
             raise StartError("\n".join(faults))
-        if "GME_API_KEY" in map(str.upper, os.environ) and not settings.api_key:
-            log.warning("GME_API_KEY is empty: every client is served.")
         return settings
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
-
-CONFIGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
-INDEX = "model.safetensors.index.json"
-SUMS = "SHA256SUMS"  # of what a start reads, in the format of the command sha256sum
+SUMS = "SHA256SUMS"
 
 
 def weight_files(directory: Path) -> set[Path]:
-    index = directory / INDEX
+    index = directory / "model.safetensors.index.json"
     shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
     return {directory / shard for shard in shards}
 
@@ -162,90 +150,67 @@ def weight_files(directory: Path) -> set[Path]:
 def is_complete(directory: Path) -> bool:
     """Whether `directory` holds a whole checkpoint. The header of a weight file shows when the file was cut short."""
     try:
-        for name in CONFIGS:
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
             json.loads((directory / name).read_bytes())
         return all(safe_open(path, framework="np") for path in weight_files(directory))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except Exception:  # whatever a damaged file makes its reader trip over
         return False
 
 
-def file_sums(directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file that a start reads, by its name."""
-    paths = [*(directory / name for name in (*CONFIGS, INDEX)), *weight_files(directory)]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths if path.exists()}
+def file_sums(directory: Path) -> set[str]:
+    """For each file the line that the command sha256sum prints."""
+    paths = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
+    return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
 
 
-def download(settings: Settings, directory: Path, compare: bool = False) -> None:
-    """Fetch from ModelScope what `directory` lacks, going on where an earlier download ended, and note the sums.
+def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
+    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case.
 
-    With `compare`, also what is there and differs from the hub's. Raises `HubError`, or `StartError` for a directory
-    that cannot be written and a model that the hub does not have.
+    Raises `StartError` when the hub or the disk refuses, and else `SystemExit`, whose code 1 makes systemd try again.
     """
+    directory = settings.model_dir / settings.model_id
+    if is_complete(directory) and not compare:
+        return directory
+    os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111  # Path.home() raises where there is none
-        os.environ["HOME"] = str(settings.model_dir)  # where the client keeps settings of its own
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error}.") from None
-    try:
         with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
-            if is_complete(directory) and not compare:
-                return
+            if is_complete(directory) and (directory / SUMS).exists():
+                return directory
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
             log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            noted = directory / f"{SUMS}.part"
-            noted.write_text("".join(f"{x}  {name}\n" for name, x in file_sums(directory).items()))
-            noted.replace(directory / SUMS)
-    except Exception as error:  # the client raises many kinds; the second of its many lines names the file that failed
-        reason = "; ".join(line.strip(" -") for line in f"{type(error).__name__}: {error}".splitlines()[:2])
-        hub = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
-        unknown = getattr(getattr(error, "response", None), "status_code", None) == 404
-        raise (StartError if unknown else HubError)(
-            f"Downloading {settings.model_id} from {hub} into {directory} failed ({reason}). Start again to go on where"
-            " the download ended, or put the model's files there by hand, or set GME_MODEL_DIR to a directory that has"
-            f" them in {settings.model_id}, or MODELSCOPE_ENDPOINT to a hub that can be reached."
+            (directory / SUMS).write_text("\n".join(sorted(file_sums(directory))))
+    except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
+        refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
+        raise (StartError if refused else SystemExit)(
+            f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
+            " go on where it ended, or put the files there by hand, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT."
         ) from None
-
-
-def find_checkpoint(settings: Settings) -> Path:
-    """The directory of the checkpoint, downloaded first when it is not complete. Raises `HubError`."""
-    directory = settings.model_dir / settings.model_id
-    if not is_complete(directory):
-        download(settings, directory)
     return directory
 
 
 def verify(settings: Settings) -> str:
-    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub.
+    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub's files.
 
-    Returns a sentence when all agree, or when the hub's files have taken the place of those that differed. Raises
-    `StartError` with one that says which to delete, or `HubError`.
+    Raises `StartError` with the names of those that differ; the hub's have taken their place where it was asked.
     """
     directory = settings.model_dir / settings.model_id
-    noted_before = (directory / SUMS).exists()
-    if not noted_before and not is_complete(directory):
-        raise StartError(f"There is no complete checkpoint in {directory} yet: start the service to fetch it.")
-    try:
-        found = file_sums(directory)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise StartError(f"{INDEX} is damaged. Delete it in {directory}, and start again.") from None
-    if not noted_before:
-        download(settings, directory, compare=True)
-    lines = (line.partition(" ") for line in (directory / SUMS).read_text().splitlines())
-    noted = {name.lstrip(" *"): digest for digest, _, name in lines}
-    wrong = ", ".join(sorted(name for name in found.keys() | noted.keys() if found.get(name) != noted.get(name)))
-    if wrong and noted_before:
-        raise StartError(f"Changed since they came, or missing: {wrong}. Delete them in {directory}, and start again.")
-    if wrong:
-        return f"Other than the hub's, and fetched again into {directory}: {wrong}."
+    found, sums, advice = file_sums(directory), directory / SUMS, "delete them, and start again"
+    if not found:
+        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
+    if not sums.exists():
+        find_checkpoint(settings, compare=True)
+        advice = "the hub's have taken their place"
+    if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
+        raise StartError(f"Changed or missing in {directory}: {', '.join(wrong)}; {advice}.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
@@ -1343,10 +1308,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
-
-PROBES = ("A red circle on white.", "harbour")  # short, as every start computes them
-
-
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
     started, settings = time.perf_counter(), Settings.load()
@@ -1354,46 +1315,36 @@ def build() -> FastAPI:
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
     model = Model(directory, device, choose_dtype(settings.dtype, device))
-    model.check([one for one in prepare([Source(text) for text in PROBES]) if isinstance(one, Input)])
+    probes = prepare([Source("A red circle on white."), Source("harbour")])  # short, as every start computes them
+    model.check([one for one in probes if isinstance(one, Input)])
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
-    batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+    max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
-    max_tokens = settings.max_batch_tokens or batch_tokens
-    batcher = Batcher(prepare, model.embed, max_tokens, settings.max_queue, cache_entries)
-
+    batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     # The 503 of all that waits goes out, and then the process ends, for systemd to start a fresh one.
     batcher.on_death = lambda: asyncio.get_running_loop().call_later(3, os._exit, 1)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    where = f"{settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions"
-    key = "an API key is needed" if settings.api_key else "no API key is needed"
-    seconds = time.perf_counter() - started
-    log.info("GME Service %s: %s, loaded in %.1f s from %s; %s.", __version__, where, seconds, directory, key)
+    key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
+    log.info(
+        f"GME Service {__version__}: {settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions,"
+        f" loaded in {time.perf_counter() - started:.1f} s from {directory}; {key}."
+    )
     return create_app(settings, batcher, model)
 
 
-def main(arguments: list[str]) -> None:
-    """`python gme_service.py`: uvicorn with its own options, or one of ours. Raises `StartError`."""
-    if arguments == ["--version"]:
+try:
+    if __name__ != "__main__":
+        app = build()
+    elif sys.argv[1:] == ["--version"]:
         print(__version__)
-    elif arguments == ["--verify"]:
+    elif sys.argv[1:] == ["--verify"]:
         print(verify(Settings.load()))
     else:
-        Settings.load()  # here, as a worker of uvicorn cannot pass on its exit code
-        if "--help" in arguments:
-            print("gme_service.py [--verify | --version | options of uvicorn, below], on all addresses and port 8000.")
-            print("The settings are environment variables GME_*: see README.md.\n", flush=True)
-        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
-        os.execv(sys.executable, [*command, "--host", "0.0.0.0", *arguments])
-
-
-try:
-    if __name__ == "__main__":
-        main(sys.argv[1:])
-    else:
-        app = build()
+        command = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
+        os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
 except StartError as error:
     print(error, file=sys.stderr)
-    # uvicorn starts a worker again and again unless it ends with 3
-    sys.exit(3 if multiprocessing.parent_process() else error.exit_code)
+    # uvicorn starts a worker again and again unless it ends with 3; 78 is EX_CONFIG of sysexits.h
+    sys.exit(3 if multiprocessing.parent_process() else 78)

@@ -57,7 +57,7 @@ def test_the_port_opens_when_the_model_is_loaded_on_all_addresses_and_one_line_s
         assert process.wait(PATIENCE) == 0
     assert answer.status_code == 200
     (ours,) = lines
-    for words in (gme.__version__, " on cpu ", "float32", "128 dimensions", "no API key is needed"):
+    for words in (gme.__version__, " on cpu ", "float32", "128 dimensions", "no API key is needed", "GME_API_KEY"):
         assert words in ours
     assert re.search(r" loaded in \d+\.\d s ", ours)
 

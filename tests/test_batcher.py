@@ -52,7 +52,7 @@ def read(source: gme.Source, tell: Callable[[], None] | None = None) -> gme.Inpu
     prefix = [ord(character) for character in source.instruction]
     ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
     one = gme.Input(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
-    one.key = Key(one.key)
+    one.key = Key(ids.tobytes() + data)
     one.key.tell = tell
     return one
 

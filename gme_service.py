@@ -252,16 +252,13 @@ def verify(settings: Settings) -> str:
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
-# The authors' prompt: the instruction, the place of an image if there is one, the text, and the end.
-SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; then come image and text
 IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
-MAX_PARTS = 30  # of a JPEG; each of its scans passes over the whole image, and encoders write about ten
+MAX_PARTS = 30  # scans, each of which passes over a whole JPEG (encoders write about ten), and segments of EXIF
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
-MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 32 times as much of them
-OPEN_SECONDS, PIXELS_PER_SECOND = 1, 10_000_000  # CPU time allowed to open a file, and then for its pixels
 CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go; an image is a chunk of its own
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
@@ -322,14 +319,6 @@ def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tu
     return columns * TOKEN, rows * TOKEN
 
 
-def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
-    """The two resizes of the authors' code: their own, then that of the published image processor."""
-    width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-    first = min(width, 200 * height), min(height, 200 * width)
-    second = fitted_size(*first, min_tokens=256, max_tokens=max_tokens)
-    return image.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC)
-
-
 class Preparer:
     """Turns what clients send into what the model reads. Thread-safe."""
 
@@ -348,11 +337,10 @@ class Preparer:
 
     def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
         """For each source its `Input`, or the error that says why there is none."""
-        cut = slice(self.max_chars)
-        sources = [replace(one, text=one.text[cut], instruction=one.instruction[cut]) for one in sources]
-        images = ["" if one.image is None else IMAGE_PLACE for one in sources]
-        pairs = zip(sources, images, strict=True)
-        prompts = [SYSTEM_PART.format(one.instruction) + image + one.text + END for one, image in pairs]
+        cut, prompts = slice(self.max_chars), []
+        for source in sources:
+            image = "" if source.image is None else IMAGE_PLACE
+            prompts.append(SYSTEM_PART.format(source.instruction[cut]) + image + source.text[cut] + END)
         results: list[Input | ServiceError] = []
         encodings = self.tokenizer.encode_batch_fast(prompts)  # releases the interpreter lock
         for source, encoding in zip(sources, encodings, strict=True):
@@ -363,7 +351,7 @@ class Preparer:
         return results
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix, start, grid, patches = self.prefix_ids(source.instruction), 0, (0, 0), None
+        prefix, start, grid, patches = self.prefix_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
             pixels = self.read_image(source.image)
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
@@ -385,33 +373,38 @@ class Preparer:
     def read_image(self, data: bytes) -> np.ndarray:
         """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
         try:
-            parts = data.count(b"\xff\xda\0") + data.count(b"Exif\0\0")  # scans of a JPEG, and segments of EXIF
-            if data.startswith(b"\xff\xd8") and parts > MAX_PARTS:
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
                 raise ValueError("The JPEG has more parts than a photo.")
             if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
                 data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
             file = ImageFile(data)
-            file.deadline = time.thread_time() + OPEN_SECONDS
+            file.deadline = time.thread_time() + 1  # to open it; more for its pixels
             with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
                 pixels = image.width * image.height
                 if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError  # as Pillow does
-                file.deadline += pixels / PIXELS_PER_SECOND
+                file.deadline += pixels / 10_000_000
                 with self.turn:  # so that small images do not hold off a large one
                     for _ in range(math.ceil(100 * pixels / self.max_pixels)):
                         held.enter_context(self.percent)
                 image.load()  # a PNG may have its EXIF behind the pixels
-                if len(image.info.get("exif", b"")) > MAX_EXIF:
+                if (
+                    len(image.info.get("exif", b"")) > 1 << 16
+                ):  # a JPEG segment's most; Pillow may make 32 times as much
                     raise ValueError("The EXIF data are too large.")
                 with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
                     ImageOps.exif_transpose(image, in_place=True)
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
-                return np.asarray(resize_twice(rgb, self.max_image_tokens))
+                # The two resizes of the authors' code: their own, then that of the published image processor.
+                width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
+                first = min(width, 200 * height), min(height, 200 * width)
+                second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
+                return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
         except MemoryError:
             raise
         except Image.DecompressionBombError:
-            limits = f"{self.max_pixels} pixels in all and {MAX_SIDE} on a side"
-            raise TooLargeError(f"The image has more pixels than are accepted ({limits}): scale it down.") from None
+            limits = f"{self.max_pixels} pixels, or {MAX_SIDE} on a side"
+            raise TooLargeError(f"The image has more than {limits}: scale it down.") from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
         raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")

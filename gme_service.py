@@ -329,9 +329,8 @@ class Preparer:
         # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        self.prefix_ids = functools.lru_cache(16)(
-            lambda instruction: tuple(self.tokenizer.encode(SYSTEM_PART.format(instruction)).ids[:max_length])
-        )
+        encode = self.tokenizer.encode
+        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(encode(SYSTEM_PART.format(text)).ids[:max_length]))
         self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
@@ -388,9 +387,7 @@ class Preparer:
                     for _ in range(math.ceil(100 * pixels / self.max_pixels)):
                         held.enter_context(self.percent)
                 image.load()  # a PNG may have its EXIF behind the pixels
-                if (
-                    len(image.info.get("exif", b"")) > 1 << 16
-                ):  # a JPEG segment's most; Pillow may make 32 times as much
+                if len(image.info.get("exif", b"")) > 1 << 16:  # a segment's most; Pillow makes up to 32 times as much
                     raise ValueError("The EXIF data are too large.")
                 with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
                     ImageOps.exif_transpose(image, in_place=True)
@@ -403,8 +400,8 @@ class Preparer:
         except MemoryError:
             raise
         except Image.DecompressionBombError:
-            limits = f"{self.max_pixels} pixels, or {MAX_SIDE} on a side"
-            raise TooLargeError(f"The image has more than {limits}: scale it down.") from None
+            sentence = f"The image has over {self.max_pixels} pixels, or {MAX_SIDE} on a side: scale it down."
+            raise TooLargeError(sentence) from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
         raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")

@@ -334,20 +334,14 @@ class Preparer:
         self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
-    def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
-        """For each source its `Input`, or the error that says why there is none."""
+    def __call__(self, sources: Sequence[Source]) -> list[Input]:
+        """Raises the `InputError` or `TooLargeError` of an image that cannot be used."""
         cut, prompts = slice(self.max_chars), []
         for source in sources:
             image = "" if source.image is None else IMAGE_PLACE
             prompts.append(SYSTEM_PART.format(source.instruction[cut]) + image + source.text[cut] + END)
-        results: list[Input | ServiceError] = []
         encodings = self.tokenizer.encode_batch_fast(prompts)  # releases the interpreter lock
-        for source, encoding in zip(sources, encodings, strict=True):
-            try:
-                results.append(self.prepare(source, encoding.ids))
-            except ServiceError as error:
-                results.append(error)
-        return results
+        return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
         prefix, start, grid, patches = self.prefix_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
@@ -774,8 +768,10 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
         return list(function(items))
     except DeviceError:
         raise
+    except ServiceError as refusal:
+        error = refusal
     except MemoryError:
-        error: ServiceError = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
+        error = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
     except BaseException as fault:  # a panic of the tokenizers library is no Exception
         error = ServiceError("This input could not be embedded, through a fault of the service: its log says more.")
         if len(items) == 1:
@@ -796,7 +792,7 @@ class Batcher:
 
     def __init__(
         self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
+        prepare: Callable[[Sequence[Source]], Iterable[Input]],
         compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
         max_tokens: int,
         max_queue: int = 16384,
@@ -1320,7 +1316,7 @@ def build() -> FastAPI:
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
     model = Model(directory, device, choose_dtype(settings.dtype, device))
-    model.check([one for one in prepare([Source(text) for text in PROBES]) if isinstance(one, Input)])
+    model.check(prepare([Source(text) for text in PROBES]))
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     batch_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds

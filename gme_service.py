@@ -252,8 +252,7 @@ def verify(settings: Settings) -> str:
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
-SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; then come image and text
-IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
@@ -297,9 +296,7 @@ class Input:
 
 
 class ImageFile(io.BytesIO):
-    """The bytes of an image file. Raises `ValueError` when the thread that reads them has taken too long."""
-
-    deadline = math.inf  # on the clock of the thread, in seconds
+    deadline = math.inf  # in seconds, on the CPU clock of the thread that reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.thread_time() > self.deadline:
@@ -338,7 +335,7 @@ class Preparer:
         """Raises the `InputError` or `TooLargeError` of an image that cannot be used."""
         cut, prompts = slice(self.max_chars), []
         for source in sources:
-            image = "" if source.image is None else IMAGE_PLACE
+            image = "" if source.image is None else "<|vision_start|><|image_pad|><|vision_end|>"
             prompts.append(SYSTEM_PART.format(source.instruction[cut]) + image + source.text[cut] + END)
         encodings = self.tokenizer.encode_batch_fast(prompts)  # releases the interpreter lock
         return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]

@@ -388,8 +388,6 @@ class Preparer:
                 first = min(width, 200 * height), min(height, 200 * width)
                 second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
                 return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
-        except MemoryError:
-            raise
         except Image.DecompressionBombError:
             sentence = f"The image has over {self.max_pixels} pixels, or {MAX_SIDE} on a side: scale it down."
             raise TooLargeError(sentence) from None

@@ -332,6 +332,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "thousands of scans": lambda: progressive(5000),
     "a million segments": lambda: jpeg(1_000_000, b"\xff\xe3"),
     "fill bytes": lambda: b"\xff\xd8" + b"\xff" * 30_000_000,
+    "EXIF behind what looks like a scan": lambda: (
+        b"\xff\xd8\xff\xe3\0\x07\xff\xda\0\x08\x01" + jpeg(450, b"\xff\xe1", exif(65_000))[2:]
+    ),
     "EXIF in small pieces": lambda: jpeg(24_000, b"\xff\xe1", exif(1300)),
     "EXIF of a PNG": lambda: save(picture(), "PNG", exif=exif(25_000_000)),
 }

@@ -29,7 +29,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http import HTTPMethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, Field, ValidationError
@@ -217,19 +217,12 @@ def verify(settings: Settings) -> str:
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
-# The authors' prompt: the instruction, the place of an image if there is one, the text, and the end.
-SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
-IMAGE_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
-# What turns an image upright, by EXIF orientation from 2 on. ImageOps.exif_transpose would fail where the EXIF is odd.
-UPRIGHT = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
-JPEG_SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # the start of a scan
-MAX_SCANS = 30  # of a progressive JPEG, each of which passes over the whole image; encoders write about ten
+MAX_PARTS = 30  # scans, each of which passes over a whole JPEG (encoders write about ten), and segments of EXIF
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
-MAX_EXIF = 1 << 16  # bytes, as many as a segment of a JPEG has; Pillow may make 32 times as much of them
-OPEN_SECONDS, PIXELS_PER_SECOND = 1, 10_000_000  # CPU time allowed to open a file, and then for its pixels
 CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go; an image is a chunk of its own
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
@@ -259,13 +252,7 @@ class Input:
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
-
-    key: bytes = field(init=False, repr=False)  # a digest of all that the embedding depends on
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256(repr((self.image_start, self.grid)).encode() + self.token_ids.tobytes())
-        digest.update(b"" if self.patches is None else self.patches.data)
-        self.key = digest.digest()
+    key: bytes = b""  # a digest of all that the embedding depends on
 
     @property
     def cost(self) -> int:
@@ -274,11 +261,7 @@ class Input:
 
 
 class ImageFile(io.BytesIO):
-    """The bytes of an image file. Raises `ValueError` when the thread that reads them has taken too long."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.deadline = time.thread_time() + OPEN_SECONDS
+    deadline = math.inf  # in seconds, on the CPU clock of the thread that reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.thread_time() > self.deadline:
@@ -288,39 +271,14 @@ class ImageFile(io.BytesIO):
 
 def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
     """The size (width, height) in multiples of 28 pixels to bring an image to: `smart_resize` as published."""
-
-    def multiple(length: float, rounded: Callable[[float], int]) -> int:
-        return max(1, rounded(length / TOKEN)) * TOKEN
-
-    tokens = multiple(width, round) * multiple(height, round) // TOKEN**2
-    if tokens > max_tokens:
+    columns, rows = (max(1, round(side / TOKEN)) for side in (width, height))
+    if columns * rows > max_tokens:
         shrink = math.sqrt(width * height / (max_tokens * TOKEN**2))
-        return multiple(width / shrink, math.floor), multiple(height / shrink, math.floor)
-    if tokens < min_tokens:
+        columns, rows = (max(1, math.floor(side / shrink / TOKEN)) for side in (width, height))
+    elif columns * rows < min_tokens:
         grow = math.sqrt(min_tokens * TOKEN**2 / (width * height))
-        return multiple(width * grow, math.ceil), multiple(height * grow, math.ceil)
-    return multiple(width, round), multiple(height, round)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The first frame in RGB, turned as its EXIF says."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    rgb.load()  # a PNG may have its EXIF behind the pixels
-    if len(image.info.get("exif", b"")) > MAX_EXIF:
-        raise ValueError("The EXIF data are too large.")
-    orientation: Any = None
-    with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    turned = isinstance(orientation, int) and 2 <= orientation <= 8
-    return rgb.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if turned else rgb
-
-
-def resize_twice(image: Image.Image, max_tokens: int) -> Image.Image:
-    """The two resizes of the authors' code: their own, then that of the published image processor."""
-    width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-    first = min(width, 200 * height), min(height, 200 * width)
-    second = fitted_size(*first, min_tokens=256, max_tokens=max_tokens)
-    return image.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC)
+        columns, rows = (math.ceil(side * grow / TOKEN) for side in (width, height))
+    return columns * TOKEN, rows * TOKEN
 
 
 class Preparer:
@@ -333,74 +291,71 @@ class Preparer:
         # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(self.encode([SYSTEM_PART.format(text)])[0]))
-        self.turn, self.decoding, self.free_pixels = threading.Lock(), threading.Condition(), max_image_pixels
+        encode = self.tokenizer.encode
+        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(encode(SYSTEM_PART.format(text)).ids[:max_length]))
+        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
-    def __call__(self, sources: Sequence[Source]) -> list[Input | ServiceError]:
-        """For each source its `Input`, or the error that says why there is none."""
-        images = ["" if source.image is None else IMAGE_PLACE for source in sources]
-        pairs = zip(sources, images, strict=True)
-        cut = slice(self.max_chars)  # before long strings are put together, for each of the sources
-        prompts = [SYSTEM_PART.format(one.instruction[cut]) + image + one.text[cut] + END for one, image in pairs]
-        results: list[Input | ServiceError] = []
-        for source, token_ids in zip(sources, self.encode(prompts), strict=True):
-            try:
-                results.append(self.prepare(source, token_ids))
-            except ServiceError as error:
-                results.append(error)
-        return results
-
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        cut = [prompt[: self.max_chars] for prompt in prompts]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]  # releases the interpreter lock
+    def __call__(self, sources: Sequence[Source]) -> list[Input]:
+        """Raises the `InputError` or `TooLargeError` of an image that cannot be used."""
+        cut, prompts = slice(self.max_chars), []
+        for source in sources:
+            image = "" if source.image is None else "<|vision_start|><|image_pad|><|vision_end|>"
+            prompts.append(SYSTEM_PART.format(source.instruction[cut]) + image + source.text[cut] + END)
+        encodings = self.tokenizer.encode_batch_fast(prompts)  # releases the interpreter lock
+        return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix = self.prefix_ids(source.instruction[: self.max_chars])
-        image = dict[str, Any]()
+        prefix, start, grid, patches = self.prefix_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
-            pixels = np.asarray(self.read_image(source.image))
+            pixels = self.read_image(source.image)
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
             if start + rows * columns > self.max_length:
                 sentence = f"The image's {rows * columns} tokens and the {start} before it are over {self.max_length}"
                 raise InputError(f"{sentence}: send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
-            token_ids = token_ids[:start] + [token_ids[start]] * (rows * columns) + token_ids[start + 1 :]
+            token_ids[start : start + 1] = [token_ids[start]] * (rows * columns)
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-            patches = np.ascontiguousarray(blocks).reshape(-1, 3 * PATCH**2)
-            image = {"image_start": start, "grid": (2 * rows, 2 * columns), "patches": patches}
+            grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
         TRUNCATED.inc(len(token_ids) > self.max_length)
-        ids, prefix = np.array(token_ids[: self.max_length], np.int64), prefix[: self.max_length]
+        ids = token_ids[: self.max_length]
         shared = min(len(prefix), len(ids) - 1)
-        differs = np.flatnonzero(ids[:shared] != prefix[:shared])  # white space at the start of a text joins "user\n"
-        return Input(ids, prefix, int(differs[0]) if differs.size else shared, **image)
+        while tuple(ids[:shared]) != prefix[:shared]:  # white space at the start of a text joins "user\n"
+            shared -= 1
+        digest = hashlib.sha256(repr((ids, start, grid)).encode())
+        digest.update(b"" if patches is None else patches.data)
+        return Input(np.array(ids, np.int64), prefix, shared, start, grid, patches, digest.digest())
 
-    def read_image(self, data: bytes) -> Image.Image:
-        """The first frame of an image file, upright, in RGB and resized. Raises `InputError` or `TooLargeError`."""
+    def read_image(self, data: bytes) -> np.ndarray:
+        """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
         try:
-            head, *scans = JPEG_SCAN.split(data, MAX_SCANS + 1) if data.startswith(b"\xff\xd8") else [b""]
-            if len(scans) > MAX_SCANS or head.count(b"Exif\0\0") > 8:
-                raise ValueError("The JPEG has more scans or EXIF segments than a photo.")
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
+                raise ValueError("The JPEG has more parts than a photo.")
             if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
                 data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
-            with Image.open(file := ImageFile(data), formats=FORMATS) as image:
+            file = ImageFile(data)
+            file.deadline = time.thread_time() + 1  # to open it; more for its pixels
+            with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
                 pixels = image.width * image.height
                 if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError  # as Pillow does
-                file.deadline += pixels / PIXELS_PER_SECOND
-                with self.turn, self.decoding:  # in turn, so that small images do not hold off a large one
-                    self.decoding.wait_for(lambda: self.free_pixels >= pixels)
-                    self.free_pixels -= pixels
-                try:
-                    return resize_twice(upright(image), self.max_image_tokens)
-                finally:
-                    with self.decoding:
-                        self.free_pixels += pixels
-                        self.decoding.notify_all()
-        except MemoryError:
-            raise
+                file.deadline += pixels / 10_000_000
+                with self.turn:  # so that small images do not hold off a large one
+                    for _ in range(math.ceil(100 * pixels / self.max_pixels)):
+                        held.enter_context(self.percent)
+                image.load()  # a PNG may have its EXIF behind the pixels
+                if len(image.info.get("exif", b"")) > 1 << 16:  # a segment's most; Pillow makes up to 32 times as much
+                    raise ValueError("The EXIF data are too large.")
+                with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
+                    ImageOps.exif_transpose(image, in_place=True)
+                rgb = image if image.mode == "RGB" else image.convert("RGB")
+                # The two resizes of the authors' code: their own, then that of the published image processor.
+                width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
+                first = min(width, 200 * height), min(height, 200 * width)
+                second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
+                return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
         except Image.DecompressionBombError:
-            limits = f"{self.max_pixels} pixels in all and {MAX_SIDE} on a side"
-            raise TooLargeError(f"The image has more pixels than are accepted ({limits}): scale it down.") from None
+            sentence = f"The image has over {self.max_pixels} pixels, or {MAX_SIDE} on a side: scale it down."
+            raise TooLargeError(sentence) from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             log.debug("An image could not be decoded.", exc_info=True)
         raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")
@@ -773,8 +728,10 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
         return list(function(items))
     except DeviceError:
         raise
+    except ServiceError as refusal:
+        error = refusal
     except MemoryError:
-        error: ServiceError = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
+        error = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
     except BaseException as fault:  # a panic of the tokenizers library is no Exception
         error = ServiceError("This input could not be embedded, through a fault of the service: its log says more.")
         if len(items) == 1:
@@ -795,7 +752,7 @@ class Batcher:
 
     def __init__(
         self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input | ServiceError]],
+        prepare: Callable[[Sequence[Source]], Iterable[Input]],
         compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
         max_tokens: int,
         max_queue: int = 16384,
@@ -1315,8 +1272,8 @@ def build() -> FastAPI:
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
     model = Model(directory, device, choose_dtype(settings.dtype, device))
-    probes = prepare([Source("A red circle on white."), Source("harbour")])  # short, as every start computes them
-    model.check([one for one in probes if isinstance(one, Input)])
+    # Short, as every start computes them.
+    model.check(prepare([Source("A red circle on white."), Source("harbour")]))
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds

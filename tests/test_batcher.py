@@ -52,7 +52,7 @@ def read(source: gme.Source, tell: Callable[[], None] | None = None) -> gme.Inpu
     prefix = [ord(character) for character in source.instruction]
     ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
     one = gme.Input(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
-    one.key = Key(one.key)
+    one.key = Key(ids.tobytes() + data)
     one.key.tell = tell
     return one
 
@@ -86,17 +86,16 @@ class Rig:
         self.requests: list[tuple[Task, Sequence[gme.Source]]] = []
         self.batcher = gme.Batcher(self.prepare, self.embed, max_tokens, max_queue, cache_entries)
 
-    def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input | gme.ServiceError]:
-        results: list[gme.Input | gme.ServiceError] = []
+    def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input]:
+        results: list[gme.Input] = []
         for name, source in zip(map(name_of, sources), sources, strict=True):
             self.prepared.append(name)
             self.loop.call_soon_threadsafe(self.changed.set)
             if name == self.slow:
                 assert self.may_go.wait(PATIENCE)
-            fault = self.prepare_faults.get(name)
-            if fault and not isinstance(fault, gme.ServiceError):
+            if fault := self.prepare_faults.get(name):
                 raise fault
-            results.append(fault or read(source, functools.partial(self.note_ready, name)))
+            results.append(read(source, functools.partial(self.note_ready, name)))
         return results
 
     def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:

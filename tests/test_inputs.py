@@ -34,16 +34,15 @@ short = gme.Preparer(TOY, 64, LIMIT)
 
 def prepared(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.Input:
     (result,) = preparer([source])
-    assert isinstance(result, gme.Input), result
     assert result.token_ids[: result.shared].tolist() == list(result.prefix[: result.shared])
     assert result.cost == len(result.token_ids) - result.shared >= 1
     return result
 
 
 def refused(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.ServiceError:
-    (result,) = preparer([source])
-    assert isinstance(result, gme.InputError | gme.TooLargeError)
-    return result
+    with pytest.raises((gme.InputError, gme.TooLargeError)) as caught:
+        preparer([source])
+    return caught.value
 
 
 def ids(text: str, instruction: str = "You are a helpful assistant.", image_tokens: int = 0) -> list[int]:
@@ -250,7 +249,7 @@ def test_what_is_no_whole_image_of_a_named_format_is_refused_and_its_neighbours_
     whole = [(IMAGES / name).read_bytes() for name in ("448x448.png", "2400x1600.jpg", "photo.webp", "mode_CMYK.jpg")]
     files += [data[: int(part * len(data))] for data in whole for part in (0.1, 0.5, 0.9)]
     for file in files:
-        good, bad, other = prepare([gme.Source("", PHOTO), gme.Source("", file), gme.Source("a")])
+        good, bad, other = gme.isolate(prepare, [gme.Source("", PHOTO), gme.Source("", file), gme.Source("a")])
         assert isinstance(bad, gme.InputError), file[:20]
         assert "JPEG, PNG, WEBP" in str(bad)
         assert [good.key, other.key] == [prepared(one).key for one in (gme.Source("", PHOTO), gme.Source("a"))]
@@ -333,6 +332,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "thousands of scans": lambda: progressive(5000),
     "a million segments": lambda: jpeg(1_000_000, b"\xff\xe3"),
     "fill bytes": lambda: b"\xff\xd8" + b"\xff" * 30_000_000,
+    "EXIF behind what looks like a scan": lambda: (
+        b"\xff\xd8\xff\xe3\0\x07\xff\xda\0\x08\x01" + jpeg(450, b"\xff\xe1", exif(65_000))[2:]
+    ),
     "EXIF in small pieces": lambda: jpeg(24_000, b"\xff\xe1", exif(1300)),
     "EXIF of a PNG": lambda: save(picture(), "PNG", exif=exif(25_000_000)),
 }

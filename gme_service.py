@@ -829,16 +829,14 @@ class Batcher:
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
         """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
 
-        What still waits is dropped when this is cancelled, as for a client that left. Raises the `ServiceError` of an
-        input that has one, and `BusyError` when the queue is full.
+        Raises the `ServiceError` of an input that has one, and `BusyError`. When cancelled, drops what still waits.
         """
         if not self.alive or len(self.waiting) + len(sources) > self.max_queue:
             raise BusyError(BusyError.example if self.alive else ENDING)
-        loop, arrived = asyncio.get_running_loop(), time.perf_counter()
-        futures: list[asyncio.Future[Embedding]] = [loop.create_future() for _ in sources]
+        futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
         for order, (source, future) in enumerate(shortest_first, self.clock):
-            self.waiting.append(Waiting(order, arrived, source.name, future, source))
+            self.waiting.append(Waiting(order, time.perf_counter(), source.name, future, source))
         self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
         self.notify()
         try:
@@ -877,13 +875,10 @@ class Batcher:
     async def prepare_ahead(self) -> None:
         """Prepare chunk after chunk; a few of these loops run side by side."""
         while True:
-            while not (chunk := self.next_chunk()):
+            while not (chunk := self.take_chunk()):
                 await self.changed.wait()
-            sources = [one.item for one in chunk]
-            for one in chunk:
-                one.item = None
-            prepared = await asyncio.to_thread(isolate, self.prepare, sources)
-            for one, item in zip(chunk, prepared, strict=True):
+            prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
+            for (one, _), item in zip(chunk, prepared, strict=True):
                 if isinstance(item, ServiceError):
                     one.answer(item)
                 elif item.key in self.cache:
@@ -894,9 +889,9 @@ class Batcher:
                     one.item = item
             self.notify()
 
-    def next_chunk(self) -> list[Waiting]:
+    def take_chunk(self) -> list[tuple[Waiting, Source]]:
         """The next to prepare, in order: none while AHEAD_BATCHES batches that go before it are ready."""
-        chunk: list[Waiting] = []
+        chunk: list[tuple[Waiting, Source]] = []
         weight = ahead = 0
         for one in self.waiting:
             if isinstance(one.item, Input):
@@ -905,7 +900,8 @@ class Batcher:
                 weight += one.item.weight
                 if ahead >= AHEAD_BATCHES * self.max_tokens or (chunk and weight > CHUNK_WEIGHT):
                     break
-                chunk.append(one)
+                chunk.append((one, one.item))
+                one.item = None
         return chunk
 
     async def compute_batches(self) -> None:
@@ -914,6 +910,8 @@ class Batcher:
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
+            # New requests are numbered from the lowest order that had no answer, or 1 higher than before this batch.
+            self.clock = max(self.clock + 1, self.waiting[0].order)
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
@@ -935,27 +933,21 @@ class Batcher:
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
+        """The first that is ready, and the nearest to it in length: as many as make a batch with at most MAX_PADDING.
 
-        Candidates follow in order, share its instruction and fit into the batch's tokens. Of these, nearest first, the
-        longest run is taken that makes a batch with at most MAX_PADDING.
+        Those follow it in order, share its instruction, and fit into the batch's tokens. Equal inputs are one.
         """
-        ready = {one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}  # equal inputs once
-        if not ready:
-            return []
-        first = next(iter(ready.values()))
-        alike = [one for one in ready.values() if one.prefix == first.prefix]
+        ready = list({one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}.values())
+        alike = [one for one in ready if one.prefix == ready[0].prefix]
         sums = itertools.accumulate(one.cost for one in alike)
-        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is first or tokens <= self.max_tokens]
-        fitting.sort(key=lambda one: abs(one.cost - first.cost))
-        size, num_tokens, longest = 1, 0, 0
+        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
+        fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
+        size = num_tokens = longest = 0
         for count, one in enumerate(fitting, start=1):
             num_tokens, longest = num_tokens + one.cost, max(longest, one.cost)
             num_padded = count * longest
-            if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
+            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded):
                 size = count
-        # New requests are numbered from the lowest order that is not computed, or 1 higher than before this batch.
-        self.clock = max(self.clock + 1, self.waiting[0].order)
         return fitting[:size]
 
 

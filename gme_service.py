@@ -779,12 +779,11 @@ class Waiting:
     item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
 
     def answer(self, result: Embedding | ServiceError) -> None:
-        if self.future.done():  # cancelled
-            return
-        if isinstance(result, ServiceError):
-            self.future.set_exception(type(result)(f"{self.name}{result}"))
-        else:
-            self.future.set_result(result)
+        with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
+            if isinstance(result, ServiceError):
+                self.future.set_exception(type(result)(f"{self.name}{result}"))
+            else:
+                self.future.set_result(result)
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
@@ -905,7 +904,6 @@ class Batcher:
         return chunk
 
     async def compute_batches(self) -> None:
-        """Compute batch after batch."""
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
         while True:
             while not (batch := self.next_batch()):
@@ -933,9 +931,9 @@ class Batcher:
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The first that is ready, and the nearest to it in length: as many as make a batch with at most MAX_PADDING.
+        """The first that is ready, and those nearest to it in length that make a batch with at most MAX_PADDING.
 
-        Those follow it in order, share its instruction, and fit into the batch's tokens. Equal inputs are one.
+        Candidates share its instruction, and are the first in order that fit into a batch's tokens. Equal ones are one.
         """
         ready = list({one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}.values())
         alike = [one for one in ready if one.prefix == ready[0].prefix]

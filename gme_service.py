@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import heapq
 import io
 import itertools
 import json
@@ -33,7 +32,7 @@ from dataclasses import dataclass, replace
 from http import HTTPMethod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import orjson
@@ -678,7 +677,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
 
 MAX_PADDING = 0.2  # of a batch's tokens
-AHEAD_BATCHES = 4  # how much is prepared ahead of the model; a prepared image takes 2.4 kB a token
+AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
 PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
@@ -686,40 +685,25 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
 ENDING = "The service is ending: try again in a moment."
-Order = tuple[int, int]  # (Batcher.clock at arrival + rank in its request, number of the request): lowest first
 Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
-Future = asyncio.Future[Embedding]
-
-
-class Unprepared(NamedTuple):
-    order: Order
-    arrived: float
-    source: Source
-    future: Future
 
 
 @dataclass(slots=True)
-class Ready:
-    """An input that waits for the model."""
+class Waiting:
+    """An input that has no answer yet."""
 
-    input: Input
-    order: Order
+    order: int  # the lowest goes first
     arrived: float
-    futures: dict[Future, str]  # of all who want its embedding, each with what its error begins with
+    name: str  # what its error begins with
+    future: asyncio.Future[Embedding]
+    item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
 
-    @property
-    def wanted(self) -> bool:
-        return not all(future.done() for future in self.futures)
-
-
-def settle(futures: Mapping[Future, str], result: Embedding | ServiceError) -> None:
-    for future, name in futures.items():
-        if future.done():
-            continue
-        if isinstance(result, ServiceError):
-            future.set_exception(type(result)(f"{name}{result}"))
-        else:
-            future.set_result(result)
+    def answer(self, result: Embedding | ServiceError) -> None:
+        with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
+            if isinstance(result, ServiceError):
+                self.future.set_exception(type(result)(f"{self.name}{result}"))
+            else:
+                self.future.set_result(result)
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
@@ -740,6 +724,7 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
     return isolate(function, items[:half]) + isolate(function, items[half:]) if half else [error]
 
 
+@dataclass
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
@@ -750,173 +735,139 @@ class Batcher:
     The event loop owns all state. Threads run `prepare` and `compute`, and nothing else.
     """
 
-    def __init__(
-        self,
-        prepare: Callable[[Sequence[Source]], Iterable[Input]],
-        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
-        max_tokens: int,
-        max_queue: int = 16384,
-        cache_entries: int = 0,
-    ) -> None:
-        self.prepare, self.compute = prepare, compute
-        self.on_death: Callable[[], object] = lambda: None
-        self.max_tokens, self.max_queue, self.cache_entries = max_tokens, max_queue, cache_entries
-        self.threads, self.model_thread = ThreadPoolExecutor(PREPARE_THREADS), ThreadPoolExecutor(1)
-        self.unprepared: list[Unprepared] = []  # a heap
-        self.preparing: list[Order] = []  # the lowest of each chunk under way
-        self.ready: dict[bytes, Ready] = {}  # by key of the input: equal ones are computed once
-        self.computing: dict[bytes, Ready] = {}  # the batch under way
-        self.cache: OrderedDict[bytes, Embedding] = OrderedDict()
-        self.open: set[Future] = set()  # of all inputs of the requests under way
-        self.clock = self.requests = 0  # how far the queue has got, in inputs; requests so far
-        self.changed, self.alive = asyncio.Event(), True
+    prepare: Callable[[Sequence[Source]], Iterable[Input]]
+    compute: Callable[[Sequence[Input]], Iterable[np.ndarray]]
+    max_tokens: int  # of a batch
+    max_queue: int = 16384
+    cache_entries: int = 0
+    on_death: Callable[[], object] = lambda: None
+    alive: bool = True
+    clock: int = 0  # how far the queue has got: where the numbers of a new request start
+    waiting: list[Waiting] = field(default_factory=list)  # in order
+    cache: OrderedDict[bytes, Embedding] = field(default_factory=OrderedDict)  # by key of the input
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
         """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
 
-        What still waits is dropped when this is cancelled, as for a client that left. Raises the `ServiceError` of an
-        input that has one, and `BusyError` when the queue is full.
+        Raises the `ServiceError` of an input that has one, and `BusyError`. When cancelled, drops what still waits.
         """
-        if not self.alive:
-            raise BusyError(ENDING)
-        if len(self.open) + len(sources) > self.max_queue:
-            raise BusyError(BusyError.example)
-        self.requests += 1
-        loop, arrived = asyncio.get_running_loop(), time.perf_counter()
-        futures: list[Future] = [loop.create_future() for _ in sources]
+        if not self.alive or len(self.waiting) + len(sources) > self.max_queue:
+            raise BusyError(BusyError.example if self.alive else ENDING)
+        futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
-        for rank, (source, future) in enumerate(shortest_first):
-            order = (self.clock + rank, self.requests)
-            heapq.heappush(self.unprepared, Unprepared(order, arrived, source, future))
-        self.open.update(futures)
+        for order, (source, future) in enumerate(shortest_first, self.clock):
+            self.waiting.append(Waiting(order, time.perf_counter(), source.name, future, source))
+        self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
         self.notify()
         try:
             embeddings = await asyncio.gather(*futures)
-        except BaseException:
+            return np.array([embedding for embedding, _ in embeddings]), sum(tokens for _, tokens in embeddings)
+        finally:
             for future in futures:
                 future.cancel()
-            self.unprepared = [one for one in self.unprepared if not one.future.done()]
-            heapq.heapify(self.unprepared)
             self.notify()
-            raise
-        finally:
-            self.open.difference_update(futures)
-        return np.array([embedding for embedding, _ in embeddings]), sum(tokens for _, tokens in embeddings)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests for as long as this context lasts."""
-        loops = [self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS))]
-        tasks = [asyncio.create_task(loop) for loop in loops]
-        for task in tasks:
-            task.add_done_callback(self.end)
+        loops = asyncio.gather(self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS)))
+        loops.add_done_callback(self.end)
         yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        loops.cancel()
+        await asyncio.wait([loops])
 
-    def end(self, task: asyncio.Task[None]) -> None:
-        """A task has ended, by a fault or with the service: no request can be answered any more."""
+    def end(self, loops: asyncio.Future[Any]) -> None:
+        """The loops have ended, by a fault or with the service: no request can be answered any more."""
         self.alive = False
-        settle(dict.fromkeys(self.open, ""), BusyError(ENDING))
-        if not task.cancelled():
-            log.critical("The batcher has ended.", exc_info=task.exception())
+        for one in self.waiting:
+            one.name = ""  # as it is not the input's fault
+            one.answer(BusyError(ENDING))
+        if not isinstance(loops.exception(), asyncio.CancelledError):
+            log.critical("The batcher has ended.", exc_info=loops.exception())
             self.on_death()
 
     def notify(self) -> None:
-        """Wake the loops below, to see whether there is something to do."""
+        """Forget what has an answer or is cancelled, and wake the loops below to see whether there is work."""
+        self.waiting = [one for one in self.waiting if not one.future.done()]
         self.changed.set()
         self.changed.clear()
 
     async def prepare_ahead(self) -> None:
         """Prepare chunk after chunk; a few of these loops run side by side."""
-        loop = asyncio.get_running_loop()
         while True:
-            while not (chunk := self.next_chunk()):
+            while not (chunk := self.take_chunk()):
                 await self.changed.wait()
-            self.preparing.append(chunk[0].order)
-            prepared = await loop.run_in_executor(self.threads, isolate, self.prepare, [one.source for one in chunk])
-            self.preparing.remove(chunk[0].order)
-            for (order, arrived, source, future), one in zip(chunk, prepared, strict=True):
-                if isinstance(one, ServiceError):
-                    settle({future: source.name}, one)
-                elif one.key in self.cache:
+            prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
+            for (one, _), item in zip(chunk, prepared, strict=True):
+                if isinstance(item, ServiceError):
+                    one.answer(item)
+                elif item.key in self.cache:
                     CACHE_HITS.inc()
-                    self.cache.move_to_end(one.key)
-                    settle({future: source.name}, self.cache[one.key])
-                elif equal := self.computing.get(one.key) or self.ready.get(one.key):
-                    equal.order = min(equal.order, order)
-                    equal.futures[future] = source.name
+                    self.cache.move_to_end(item.key)
+                    one.answer(self.cache[item.key])
                 else:
-                    self.ready[one.key] = Ready(one, order, arrived, {future: source.name})
+                    one.item = item
             self.notify()
 
-    def next_chunk(self) -> list[Unprepared]:
+    def take_chunk(self) -> list[tuple[Waiting, Source]]:
         """The next to prepare, in order: none while AHEAD_BATCHES batches that go before it are ready."""
-        chunk: list[Unprepared] = []
-        if not self.unprepared:
-            return chunk
-        costs = sorted((one.order, one.input.cost) for one in self.ready.values() if one.wanted)
-        sums, enough = itertools.accumulate(cost for _, cost in costs), AHEAD_BATCHES * self.max_tokens
-        last = next((order for (order, _), tokens in zip(costs, sums, strict=True) if tokens >= enough), (math.inf, 0))
-        weight = 0
-        while self.unprepared and self.unprepared[0].order <= last:
-            weight += self.unprepared[0].source.weight
-            if chunk and weight > CHUNK_WEIGHT:
-                break
-            chunk.append(heapq.heappop(self.unprepared))
+        chunk: list[tuple[Waiting, Source]] = []
+        weight = ahead = 0
+        for one in self.waiting:
+            if isinstance(one.item, Input):
+                ahead += one.item.cost
+            elif one.item:
+                weight += one.item.weight
+                if ahead >= AHEAD_BATCHES * self.max_tokens or (chunk and weight > CHUNK_WEIGHT):
+                    break
+                chunk.append((one, one.item))
+                one.item = None
         return chunk
 
     async def compute_batches(self) -> None:
-        """Compute batch after batch."""
-        loop = asyncio.get_running_loop()
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
-            self.computing = {one.input.key: one for one in batch}
-            self.notify()  # there is room to prepare more
-            inputs = [one.input for one in batch]
-            with MODEL_SECONDS.time():
-                results = await loop.run_in_executor(self.model_thread, isolate, self.compute, inputs)
+            # New requests are numbered from the lowest order that had no answer, or 1 higher than before this batch.
+            self.clock = max(self.clock + 1, self.waiting[0].order)
+            BATCH_INPUTS.observe(len(batch))
+            started = time.perf_counter()
+            results = await loop.run_in_executor(thread, isolate, self.compute, batch)
+            MODEL_SECONDS.observe(time.perf_counter() - started)
+            answers: dict[bytes, Embedding | ServiceError] = {}
             for one, result in zip(batch, results, strict=True):
                 if isinstance(result, np.ndarray) and not np.isfinite(result).all():
                     result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
                     log.error(str(result))
                 if isinstance(result, np.ndarray):  # a row of it would keep its whole batch in memory
-                    result = self.cache[one.input.key] = result.copy(), len(one.input.token_ids)
-                settle(one.futures, result)
+                    result = self.cache[one.key] = result.copy(), len(one.token_ids)
+                answers[one.key] = result
+            for waiting in self.waiting:
+                if isinstance(waiting.item, Input) and waiting.item.key in answers:
+                    QUEUE_SECONDS.observe(max(0, started - waiting.arrived))
+                    waiting.answer(answers[waiting.item.key])
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
-            self.computing = {}
+            self.notify()
 
-    def next_batch(self) -> list[Ready]:
-        """The best batch of what is ready: the first in order, and of those behind it the nearest to it in length.
+    def next_batch(self) -> list[Input]:
+        """The first that is ready, and those nearest to it in length that make a batch with at most MAX_PADDING.
 
-        Candidates follow in order, share its instruction and fit into the batch's tokens. Of these, nearest first, the
-        longest run is taken that makes a batch with at most MAX_PADDING.
+        Candidates share its instruction, and are the first in order that fit into a batch's tokens. Equal ones are one.
         """
-        self.ready = {key: one for key, one in self.ready.items() if one.wanted}
-        in_order = sorted(self.ready.values(), key=lambda one: one.order)
-        if not in_order:
-            return []
-        first = in_order[0]
-        alike = [one for one in in_order if one.input.prefix == first.input.prefix]
-        sums = itertools.accumulate(one.input.cost for one in alike)
-        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is first or tokens <= self.max_tokens]
-        fitting.sort(key=lambda one: abs(one.input.cost - first.input.cost))
-        size, num_tokens, longest = 1, 0, 0
+        ready = list({one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}.values())
+        alike = [one for one in ready if one.prefix == ready[0].prefix]
+        sums = itertools.accumulate(one.cost for one in alike)
+        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
+        fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
+        size = num_tokens = longest = 0
         for count, one in enumerate(fitting, start=1):
-            num_tokens, longest = num_tokens + one.input.cost, max(longest, one.input.cost)
+            num_tokens, longest = num_tokens + one.cost, max(longest, one.cost)
             num_padded = count * longest
-            if num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded:
+            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded):
                 size = count
-        # New requests are numbered from the lowest order that is not computed, or 1 higher than before this batch.
-        waiting = [first.order, *self.preparing, *(one.order for one in self.unprepared[:1])]
-        self.clock = max(self.clock + 1, min(waiting)[0])
-        BATCH_INPUTS.observe(size)
-        for one in fitting[:size]:
-            QUEUE_SECONDS.observe(time.perf_counter() - one.arrived)
-            del self.ready[one.input.key]
         return fitting[:size]
 
 
@@ -1180,7 +1131,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
     INFO.labels(**state).set(1)
-    QUEUE_DEPTH.set_function(lambda: len(batcher.open))
+    QUEUE_DEPTH.set_function(lambda: len(batcher.waiting))
     app = FastAPIOffline(
         title="GME Service",
         version=__version__,
@@ -1245,7 +1196,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     def health_now() -> dict[str, Any]:
         status = "ok" if batcher.alive else "the batcher has ended"
-        return {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.open)}
+        return {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.waiting)}
 
     ended = example(health_now() | {"status": "the batcher has ended"})
 

@@ -190,7 +190,7 @@ class Rig:
                 assert answer[1] == sum(len(one.token_ids) for one in inputs)
             else:
                 assert isinstance(answer, gme.ServiceError | asyncio.CancelledError)
-        assert len(self.batcher.open) == 0
+        assert len(self.batcher.waiting) == 0
         assert self.unlawful == []
 
 
@@ -327,9 +327,9 @@ async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_a
 async def test_a_request_cancelled_when_ready_does_not_reach_the_model_and_leaves_the_others(rig: Rig) -> None:
     async with rig.held():
         gone, stays = await rig.submit_ready(text("gone"), text("same")), await rig.submit_ready(text("same"))
-        assert len(rig.batcher.open) == 4
+        assert len(rig.batcher.waiting) == 4
         await rig.cancel(gone)
-        assert len(rig.batcher.open) == 2
+        assert len(rig.batcher.waiting) == 2
         await rig.step()
         other = await rig.submit_ready(text("same"))
         await rig.cancel(stays)
@@ -342,7 +342,7 @@ async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model
     gone = await rig.submit(text("gone"), text("also gone", 11))
     await rig.until(lambda: "gone" in rig.prepared)
     await rig.cancel(gone)
-    assert len(rig.batcher.open) == 0
+    assert len(rig.batcher.waiting) == 0
     rig.may_go.set()
     await (await rig.submit(text("stays")))
     assert rig.batches == [["stays"]]
@@ -354,7 +354,7 @@ async def test_preparing_stays_a_few_batches_ahead_and_what_is_cancelled_makes_r
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
         await rig.until(lambda: len(rig.prepared) == rig.ready.total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
-        assert len(rig.batcher.open) == 2
+        assert len(rig.batcher.waiting) == 2
         await rig.until(lambda: rig.ready["99"])
     await stays
     assert rig.batches == [["plug"], ["99"]]
@@ -378,7 +378,7 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
         assert isinstance(await error_of(await rig.submit(text("d"))), gme.BusyError)
         await rig.cancel(gone)
         await rig.submit(text("d"), text("bad"))
-        assert len(rig.batcher.open) == 4
+        assert len(rig.batcher.waiting) == 4
     await last
     await rig.check()
     await (await rig.submit(*map(text, "efgh")))
@@ -404,7 +404,7 @@ async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_wi
             await rig.submit(text("a"))
             error = await error_of(await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
             await rig.submit(text("d"))
-            assert len(rig.batcher.open) == 3
+            assert len(rig.batcher.waiting) == 3
         assert (type(error), str(error)[:5]) == (kind, "bad: ")
     assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
 
@@ -440,7 +440,7 @@ async def test_a_device_that_cannot_go_on_ends_every_request(make: Make) -> None
         waiting = await rig.submit(*(image(f"{number}") for number in range(50)))
     for task in (under_way, ready, waiting, await rig.submit(text("later"))):
         assert isinstance(await error_of(task), gme.BusyError)
-    assert (rig.batches, len(rig.batcher.open), deaths) == ([["fatal"]], 0, [False])
+    assert (rig.batches, len(rig.batcher.waiting), deaths) == ([["fatal"]], 0, [False])
 
 
 async def test_when_the_service_ends_what_still_waits_is_told_so() -> None:

@@ -33,14 +33,14 @@ from dataclasses import dataclass, field, replace
 from http import HTTPMethod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
 import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import ExifTags, Image
@@ -1009,7 +1009,6 @@ INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
-OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below /docs/static
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
 LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
 FORM = (
@@ -1089,14 +1088,14 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the API key, the size of bodies, and refusals that clients get to see.
+    """ASGI middleware in front of all routes: the size of bodies, and refusals that clients get to see.
 
     A client that is still sending when its connection ends may not see the answer. So an answer that comes early is
     sent but for its end, which waits until the rest of the body has been read and dropped, up to a bound.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
+        self.app, self.max_body = app, int(settings.max_body_mb * 2**20)
         self.too_large = TooLargeError(f"The body is over {settings.max_body_mb:g} MB: send less in one request.")
         self.open_bytes = 0  # of the bodies of all requests under way
 
@@ -1105,10 +1104,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request, held = Request(scope), 0
-        coming = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+        announced = int(request.headers.get("content-length", "0"))
+        coming = announced > 0 or "transfer-encoding" in request.headers
+        if request.method not in HTTPMethod.__members__:
+            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
             nonlocal held, coming
+            if announced > self.max_body:  # before the client is told to go on
+                raise self.too_large
             message = await receive()
             size, coming = len(message.get("body", b"")), message.get("more_body", False)
             held += size
@@ -1132,23 +1136,10 @@ class Guard:
                             dropped, more = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
             await send(message)
 
-        refusal = self.refusal(request)
         try:
-            app = error_response(request, refusal.status, str(refusal)) if refusal else self.app
-            await app(scope, receive_counted, send_and_drain)
+            await self.app(scope, receive_counted, send_and_drain)
         finally:
             self.open_bytes -= held
-
-    def refusal(self, request: Request) -> ServiceError | None:
-        """Why the request is refused before its body is read."""
-        path, (scheme, _, key) = route_path(request), request.headers.get("authorization", "").partition(" ")
-        if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            return MalformedError("The request has a method that HTTP does not know.")
-        if self.key and path not in OPEN_PATHS and not path.startswith("/docs/static"):
-            same = secrets.compare_digest(key.strip(" \t").encode("latin-1"), self.key.encode())
-            if scheme.lower() != "bearer" or not same:
-                return KeyRefusedError(KeyRefusedError.example)
-        return self.too_large if int(request.headers.get("content-length", "0")) > self.max_body else None
 
 
 async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
@@ -1272,7 +1263,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         kind.status: example({"detail": kind.example})
         for kind in (InputError, KeyRefusedError, TooLargeError, MalformedError, ServiceError, BusyError)
     }
-    key = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
+    bearer = HTTPBearer(auto_error=False)
+
+    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        expected = str(settings.api_key).encode()
+        if given is None or not secrets.compare_digest(given.credentials.encode("latin-1"), expected):
+            raise KeyRefusedError(KeyRefusedError.example)
+
+    key = [Depends(check_key)] if settings.api_key else []  # which comes before a route reads its body
     ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
     openai: dict[str, Any] = {"tags": ["OpenAI's API"], "dependencies": key, "responses": errors}
     vector, most = [0.0134, -0.0127, 0.0451], min(settings.max_inputs, settings.max_queue)

@@ -474,11 +474,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_without_the_right_key_every_route_and_method_is_401(stranger: httpx.Client, name: str) -> None:
+def test_without_the_right_key_every_route_is_401_and_no_method_is_let_through(
+    stranger: httpx.Client, name: str
+) -> None:
     for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE"):
-        for path in (TEXT, IMAGE, OPENAI, "/v1/models", "/nothing/here"):
+        for path in (TEXT, IMAGE, OPENAI, "/v1/models"):
             response = stranger.request(method, path, headers=WRONG[name])
-            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), (method, path)
+            served = method == ("GET" if path == "/v1/models" else "POST")
+            assert response.status_code == (401 if served else 405), (method, path)
+            assert response.headers.get("www-authenticate") == ("Bearer" if served else None)
             assert KEY not in response.text
     assert "Authorization: Bearer" in detail(stranger.post(OPENAI, headers=WRONG[name]), 401)
 
@@ -497,7 +501,7 @@ def test_no_spelling_of_a_path_leads_past_the_key(strict: Address, path: str, ho
     connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=PATIENCE)
     connection.request("POST", path, b'{"texts": ["a"]}', JSON | {"Host": host})  # httpx would tidy the path
     with contextlib.closing(connection), connection.getresponse() as response:
-        assert response.status in (400, 401, 404, 405)
+        assert response.status in (307, 400, 401, 404, 405)  # 307: to the route itself, which asks for the key
         assert b"embeddings" not in response.read()
 
 

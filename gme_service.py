@@ -1010,7 +1010,7 @@ TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
 INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
-LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
+LINGER_BODIES = 8  # a refused body is read on for so many times the largest size
 FORM = (
     "body: send a multipart form in UTF-8 with one or more files in the field `file` (with curl: -F file=@photo.jpg),"
     " and no other fields than `text` and `prompt`, once each."
@@ -1129,11 +1129,9 @@ class Guard:
             elif coming and not message.get("more_body"):
                 await send({**message, "more_body": True})
                 message, dropped, more = {"type": "http.response.body"}, 0, True
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
-                        while more and dropped < LINGER_BODIES * self.max_body:
-                            rest = await receive()
-                            dropped, more = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
+                while more and dropped < LINGER_BODIES * self.max_body:
+                    rest = await receive()
+                    dropped, more = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
             await send(message)
 
         try:

@@ -222,16 +222,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "lists of token ids": (OPENAI, {"json": {"input": [[1, 2], [3]]}}, 400, "check_embedding_ctx_length=False"),
     "other dimensions": (OPENAI, {"json": {"input": "a", "dimensions": 64}}, 400, "128"),
     "messages": (OPENAI, {"json": {"input": "a", "messages": []}}, 422, "messages"),
-    "input_type": (OPENAI, {"json": {"input": "a", "input_type": "query"}}, 422, "use prompt"),
-    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "can only be true"),
-    "a wrong name": (TEXT, {"json": {"texts": ["a"], "promt": "b"}}, 422, "texts, prompt"),
+    "input_type": (OPENAI, {"json": {"input": "a", "input_type": "query"}}, 422, "instruction as `prompt`"),
+    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "normalized"),
+    "a wrong name": (TEXT, {"json": {"texts": ["a"], "promt": "b"}}, 422, "`texts`"),
     "another encoding": (OPENAI, {"json": {"input": "a", "encoding_format": "int8"}}, 422, "encoding_format"),
     "no input at all": (OPENAI, {"json": {}}, 422, "input"),
     "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 400, "Input 2"),
     "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 400, "Input 2"),
     "a text in place of texts": (TEXT, {"json": {"texts": "a"}}, 422, "texts"),
     "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.2"),
-    "a list as body": (TEXT, {"json": ["a"]}, 422, "texts, prompt"),
+    "a list as body": (TEXT, {"json": ["a"]}, 422, "`texts`"),
     "a number as input": (OPENAI, {"json": {"input": 1}}, 400, "send a text"),
     "many faults": (TEXT, {"json": {"texts": [{"secret": 1}] * 1000, "prompt": 1}}, 422, "texts"),
     "no body": (TEXT, raw(b""), 422, "body"),
@@ -545,6 +545,8 @@ def test_every_route_is_in_a_named_group_and_described_with_an_example_of_each_a
         assert answers.keys() >= {"200", "400", "401", "413", "422", "500", "503"}
         examples = {json.dumps(answer["content"]["application/json"]["example"]) for answer in answers.values()}
         assert len(examples) == len(answers)
+        errors = [answers[status]["content"]["application/json"]["example"] for status in answers if status != "200"]
+        assert all(("error" in error) == path.startswith("/v1/") for error in errors)
 
 
 def test_only_where_a_key_is_needed_there_is_a_padlock(client: httpx.Client, stranger: httpx.Client) -> None:

@@ -1203,13 +1203,12 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
         raise TooLargeError(TOO_MANY.format(most))
     answer = asyncio.ensure_future(batcher.embed(sources))
     disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    disconnect.add_done_callback(lambda _: answer.cancel())
     try:
-        await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        embeddings, tokens = answer.result()
+        embeddings, tokens = await answer
+    except asyncio.CancelledError:
+        raise ClientDisconnect from None
     finally:
-        answer.cancel()
         disconnect.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
@@ -1277,9 +1276,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         in_base64 = (base64.b64encode(one).decode() for one in embeddings)
         return json_response(openai_list(in_base64 if body.encoding_format == "base64" else embeddings, tokens))
 
-    more = {"dimension": model.dimension, "max_length": settings.max_length}
     entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
-    models = {"object": "list", "data": [entry | more]}
+    models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
 
     @app.get("/v1/models", **openai | {"responses": {200: example(models), 401: openai["responses"][401]}})
     async def openai_models() -> Response:

@@ -1284,16 +1284,15 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         """OpenAI's list of models: the one there is."""
         return json_response(models)
 
-    def health_now() -> dict[str, Any]:
-        status = "ok" if batcher.alive else "the batcher has ended"
-        return {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.open)}
+    healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
+    ended = error_body(503, ENDING, openai=False)
 
-    ended = example(health_now() | {"status": "the batcher has ended"})
-
-    @app.get("/health", tags=["State"], responses={200: example(health_now()), 503: ended})
+    @app.get("/health", tags=["State"], responses={200: example(healthy), 503: example(ended)})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
-        return json_response(health_now(), 200 if batcher.alive else 503)
+        if not batcher.alive:
+            raise BusyError(ENDING)
+        return json_response(healthy | {"queue_depth": len(batcher.open)})
 
     app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
     instrumentator = Instrumentator(should_group_status_codes=False)

@@ -50,7 +50,6 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import SafetensorError, safe_open
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -1092,28 +1091,23 @@ class Guard:
     sent but for its end, which waits until the rest of the body has been read and dropped, up to a bound.
     """
 
-    def __init__(self, app: ASGIApp, max_body_mb: float) -> None:
-        self.app, self.max_body = app, int(max_body_mb * 2**20)
-        self.too_large = f"The body is over {max_body_mb:g} MB: send less in one request."
+    def __init__(self, app: ASGIApp, max_body: float) -> None:
+        self.app, self.max_body = app, max_body
         self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, held = Headers(raw=scope.get("headers", [])), 0
-        announced = int(headers.get("content-length", "0"))
-        coming = announced > 0 or "transfer-encoding" in headers
+        held, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
             nonlocal held, coming
-            if announced > self.max_body:  # before the client is told to go on
-                raise TooLargeError(self.too_large)
             message = await receive()
             size, coming = len(message.get("body", b"")), message.get("more_body", False)
             held += size
             self.open_bytes += size
             if held > self.max_body:
-                raise TooLargeError(self.too_large)
+                raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
@@ -1297,7 +1291,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
-    app.add_middleware(Guard, max_body_mb=settings.max_body_mb)  # the last one is the first that a request meets
+    app.add_middleware(Guard, max_body=settings.max_body_mb * 2**20)  # the last is the first that a request meets
     return app
 
 

@@ -1075,13 +1075,12 @@ def error_body(status: int, sentence: str, openai: bool) -> dict[str, Any]:
 async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # which nobody reads
-    if isinstance(error, HTTPException):  # FastAPI's own, for a route or a method that there is not
-        status, sentence, headers = error.status_code, error.detail, error.headers
-    else:
+    if not isinstance(error, HTTPException):  # which FastAPI raises for a route or a method that there is not
         ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
-        more = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-        status, sentence, headers = ours.status, str(ours), more.get(ours.status)
-    return json_response(error_body(status, sentence, "/v1/" in request.url.path), status, headers)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
+        error = HTTPException(ours.status, str(ours), headers)
+    body = error_body(error.status_code, error.detail, "/v1/" in request.url.path)
+    return json_response(body, error.status_code, error.headers)
 
 
 class Guard:

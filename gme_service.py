@@ -1065,11 +1065,10 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_body(status: int, sentence: str, openai: bool) -> dict[str, Any]:
-    """`detail` for our clients and those made for Jina's service; on OpenAI's routes also `error`, for theirs."""
+def error_body(status: int, sentence: str) -> dict[str, Any]:
+    """`detail` for our clients and those made for Jina's service, `error` for OpenAI's."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-    error = {"error": {"message": sentence, "type": kind, "code": None}} if openai else {}
-    return {"detail": sentence, **error}
+    return {"detail": sentence, "error": {"message": sentence, "type": kind, "code": None}}
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -1079,8 +1078,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
         error = HTTPException(ours.status, str(ours), headers)
-    body = error_body(error.status_code, error.detail, "/v1/" in request.url.path)
-    return json_response(body, error.status_code, error.headers)
+    return json_response(error_body(error.status_code, error.detail), error.status_code, error.headers)
 
 
 class Guard:
@@ -1231,18 +1229,16 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if given is None or not secrets.compare_digest(given.credentials.encode("latin-1"), key):
             raise KeyRefusedError(KeyRefusedError.example)
 
-    def group(name: str, openai: bool) -> dict[str, Any]:
-        """What routes have in common: the key, which is checked before the body is read, and what /docs shows."""
-        kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-        errors = {kind.status: example(error_body(kind.status, kind.example, openai)) for kind in kinds}
-        return {"tags": [name], "responses": errors, "dependencies": [Depends(check_key)] if settings.api_key else []}
+    kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
+    errors = {kind.status: example(error_body(kind.status, kind.example)) for kind in kinds}
+    key = [Depends(check_key)] if settings.api_key else []  # which is checked before the body is read
+    ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
+    openai = ours | {"tags": ["OpenAI's API"]}
 
     def openai_list(embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
         data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
-
-    ours, openai = group("Embeddings", openai=False), group("OpenAI's API", openai=True)
 
     @app.post("/embed/text", **ours, openapi_extra=described(Texts, {"embeddings": VECTORS}))
     async def embed_text(request: Request) -> Response:
@@ -1272,15 +1268,14 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
     models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
 
-    @app.get("/v1/models", **openai | {"responses": {200: example(models), 401: openai["responses"][401]}})
+    @app.get("/v1/models", **openai | {"responses": {200: example(models), 401: errors[401]}})
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
         return json_response(models)
 
     healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
-    ended = error_body(503, ENDING, openai=False)
 
-    @app.get("/health", tags=["State"], responses={200: example(healthy), 503: example(ended)})
+    @app.get("/health", tags=["State"], responses={200: example(healthy), 503: example(error_body(503, ENDING))})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         if not batcher.alive:

@@ -1007,8 +1007,6 @@ class Batcher:
 
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
-INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
 LINGER_BODIES = 8  # a refused body is read on for so many times the largest size
 JSON_OBJECT = TypeAdapter(dict[str, Any])
@@ -1018,8 +1016,7 @@ DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no t
 TOO_MANY = "The request has more than {} inputs: send fewer."
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 PROMPT = "The instruction: give one with queries, none with documents."
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # of a pixel
-EXAMPLE = ["a red circle", {"image": f"data:image/png;base64,{PNG}"}]
+EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 VECTORS = [[0.0134, -0.0127, 0.0451]]
 B = TypeVar("B", bound=BaseModel)
 
@@ -1211,8 +1208,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     """The routes over a batcher. Of `model` they read device, dtype and dimension."""
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
-    INFO.labels(**state).set(1)
-    QUEUE_DEPTH.set_function(lambda: len(batcher.open))
+    Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
+    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.open))
     app = FastAPIOffline(
         title="GME Service",
         version=__version__,

@@ -1008,7 +1008,7 @@ class Batcher:
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
-LINGER_BODIES = 8  # a refused body is read on for so many times the largest size
+LINGER_BODIES = 8  # a refused body is read and dropped up to so many times the largest size
 JSON_OBJECT = TypeAdapter(dict[str, Any])
 # Values that clients send and that hold anyway
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
@@ -1086,21 +1086,21 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
-        self.app, self.max_body = app, max_body
+        self.app, self.max_body = app, max_body  # bytes
         self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
+        received, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
-            nonlocal held, coming
+            nonlocal received, coming
             message = await receive()
             size, coming = len(message.get("body", b"")), message.get("more_body", False)
-            held += size
+            received += size
             self.open_bytes += size
-            if held > self.max_body:
+            if received > self.max_body:
                 raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
@@ -1116,12 +1116,11 @@ class Guard:
         try:
             await self.app(scope, receive_counted, send_but_for_end)
         finally:
-            self.open_bytes -= held
+            self.open_bytes -= received
         if coming:
-            dropped = 0
-            while coming and dropped < LINGER_BODIES * self.max_body:
+            while coming and received < LINGER_BODIES * self.max_body:
                 message = await receive()
-                dropped, coming = dropped + len(message.get("body", b"")), message.get("more_body", False)
+                received, coming = received + len(message.get("body", b"")), message.get("more_body", False)
             await send({"type": "http.response.body"})
 
 

@@ -1216,7 +1216,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         lifespan=lambda _: batcher.running(),
         exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, HTTPException, Exception), on_error),
         redoc_url=None,
-        static_url="/docs/static",
     )
     most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
 

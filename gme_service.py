@@ -32,20 +32,20 @@ from dataclasses import dataclass, replace
 from http import HTTPMethod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import orjson
 import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import safe_open
@@ -880,148 +880,121 @@ class Batcher:
 
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-QUEUE_DEPTH = Gauge("gme_queue_inputs", "Inputs without an answer.")
-INFO = Gauge("gme_info", "The model and the service.", ["model", "device", "dtype", "version"])
-OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json")  # and what lies below /docs/static
 MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
-LINGER_BODIES, LINGER_SECONDS = 8, 60  # a refused body is read on for so many times the largest size, and so long
-FORM = (
-    "body: send a multipart form in UTF-8 with one or more files in the field `file` (with curl: -F file=@photo.jpg),"
-    " and no other fields than `text` and `prompt`, once each."
-)
+LINGER_BODIES = 8  # a refused body is read and dropped up to so many times the largest size
+JSON_OBJECT = TypeAdapter(dict[str, Any])
+# Values that clients send and that hold anyway
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
-# clients send these values, which hold anyway
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False}
-INSTEAD = dict.fromkeys(("instruction", "input_type", "task", "prompt_name"), "prompt, with the instruction itself")
-ITEM = 'input, for example [{"text": "a red circle", "image": "data:image/png;base64,iVBORw0KGgo="}]'
-INSTEAD |= {"messages": ITEM, "modality": ITEM}
+TOO_MANY = "The request has more than {} inputs: send fewer."
+ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 PROMPT = "The instruction: give one with queries, none with documents."
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"  # of a pixel
-EXAMPLE = ["a red circle", {"image": f"data:image/png;base64,{PNG}"}]
-OPENAI_INPUT = "A text, an image's data URI, or a list of these and of objects with `text`, `image` (base64) or both."
+EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
+VECTORS = [[0.0134, -0.0127, 0.0451]]
 B = TypeVar("B", bound=BaseModel)
 
 
-class Texts(BaseModel):
+class Texts(BaseModel, extra="forbid"):
+    """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
+
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
-    prompt: str | None = Field(None, description=PROMPT)
+    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
 
 
 class ImageForm(BaseModel):
+    """Send a multipart form in UTF-8: one or more `file` (curl: -F file=@photo.jpg), perhaps `text` and `prompt`."""
+
     file: list[bytes] = Field(description="One or more image files: one embedding each.")
     text: str = Field("", description="A text to fuse with each image.", examples=[""])
     prompt: str = Field("", description=PROMPT, examples=[""])
 
 
-class OpenAIRequest(BaseModel, json_schema_extra={"examples": [{"input": EXAMPLE}]}):
-    input: Any = Field(description=OPENAI_INPUT, examples=[EXAMPLE])
-    model: str | None = Field(None, description="Any name: there is one model.")
-    encoding_format: Literal["float", "base64"] | None = None
+class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{"input": EXAMPLE}]}):
+    """Send what OpenAI's API has, an instruction as `prompt`, images as `input`: [{"image": "…", "text": "…"}]."""
+
+    input: Any = Field(description=f"One embedding each: {ITEM}, or a list of these.", examples=[EXAMPLE])
+    model: str = Field("", description="Any name: there is one model.")
+    encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="Only the model's own.")
-    user: str | None = Field(None, description="Ignored.")
-    prompt: str | None = Field(None, description=PROMPT)
+    user: str = Field("", description="Ignored.")
+    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
 
 
 def example(answer: object) -> dict[str, Any]:
     return {"content": {"application/json": {"example": answer}}}
 
 
-def described(body: type[BaseModel], media_type: str, answer: object) -> dict[str, Any]:
-    """What the page /docs shows of a route that reads its body by itself."""
+def described(body: type[BaseModel], answer: object) -> dict[str, Any]:
+    """What /docs shows of a route that reads its body by itself."""
+    media_type = "multipart/form-data" if body is ImageForm else "application/json"
     request = {"required": True, "content": {media_type: {"schema": body.model_json_schema()}}}
-    answers = {"200": {"description": "The embeddings."} | example(answer)}
-    return {"requestBody": request, "responses": answers}
+    return {"requestBody": request, "responses": {"200": example(answer)}}
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def route_path(request: Request) -> str:
-    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
-
-
-def error_response(request: Request, status: int, sentence: str, more: Mapping[str, str] | None = None) -> Response:
-    """`detail` for our clients and those made for Jina's service; on OpenAI's routes also `error`, for theirs."""
-    body: dict[str, Any] = {"detail": sentence}
-    if route_path(request).startswith("/v1/"):
-        types = {401: "authentication_error", 500: "server_error", 503: "server_error"}
-        body["error"] = {"message": sentence, "type": types.get(status, "invalid_request_error"), "code": None}
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-    return json_response(body, status, headers.get(status, more))
+def error_body(status: int, sentence: str) -> dict[str, Any]:
+    """`detail` for our clients and those made for Jina's service, `error` for OpenAI's."""
+    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    return {"detail": sentence, "error": {"message": sentence, "type": kind, "code": None}}
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # which nobody reads
-    if isinstance(error, HTTPException):  # FastAPI's own, for a route or a method that there is not
-        return error_response(request, error.status_code, error.detail, error.headers)
-    if isinstance(error, ServiceError):
-        return error_response(request, error.status, str(error))
-    return error_response(request, ServiceError.status, ServiceError.example)
+    if not isinstance(error, HTTPException):  # which FastAPI raises for a route or a method that there is not
+        ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
+        error = HTTPException(ours.status, str(ours), headers)
+    return json_response(error_body(error.status_code, error.detail), error.status_code, error.headers)
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the API key, the size of bodies, and refusals that clients get to see.
+    """ASGI middleware in front of all routes: the size of bodies, and refusals that clients get to see.
 
     A client that is still sending when its connection ends may not see the answer. So an answer that comes early is
     sent but for its end, which waits until the rest of the body has been read and dropped, up to a bound.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.key, self.max_body = app, settings.api_key, int(settings.max_body_mb * 2**20)
-        self.too_large = TooLargeError(f"The body is over {settings.max_body_mb:g} MB: send less in one request.")
+    def __init__(self, app: ASGIApp, max_body: float) -> None:
+        self.app, self.max_body = app, max_body  # bytes
         self.open_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request, held = Request(scope), 0
-        coming = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+        received, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
+        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
+            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
-            nonlocal held, coming
+            nonlocal received, coming
             message = await receive()
             size, coming = len(message.get("body", b"")), message.get("more_body", False)
-            held += size
+            received += size
             self.open_bytes += size
-            if held > self.max_body:
-                raise self.too_large
+            if received > self.max_body:
+                raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
             if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_and_drain(message: Message) -> None:
+        async def send_but_for_end(message: Message) -> None:
             if coming and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-            elif coming and not message.get("more_body"):
-                await send({**message, "more_body": True})
-                message, dropped, more = {"type": "http.response.body"}, 0, True
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
-                        while more and dropped < LINGER_BODIES * self.max_body:
-                            rest = await receive()
-                            dropped, more = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            elif coming:
+                message["more_body"] = True
             await send(message)
 
-        refusal = self.refusal(request)
         try:
-            app = error_response(request, refusal.status, str(refusal)) if refusal else self.app
-            await app(scope, receive_counted, send_and_drain)
+            await self.app(scope, receive_counted, send_but_for_end)
         finally:
-            self.open_bytes -= held
-
-    def refusal(self, request: Request) -> ServiceError | None:
-        """Why the request is refused before its body is read."""
-        path, (scheme, _, key) = route_path(request), request.headers.get("authorization", "").partition(" ")
-        if request.method not in HTTPMethod.__members__:  # it would become a label of the metrics
-            return MalformedError("The request has a method that HTTP does not know.")
-        if self.key and path not in OPEN_PATHS and not path.startswith("/docs/static"):
-            same = secrets.compare_digest(key.strip(" \t").encode("latin-1"), self.key.encode())
-            if scheme.lower() != "bearer" or not same:
-                return KeyRefusedError(KeyRefusedError.example)
-        return self.too_large if int(request.headers.get("content-length", "0")) > self.max_body else None
+            self.open_bytes -= received
+        if coming:
+            while coming and received < LINGER_BODIES * self.max_body:
+                message = await receive()
+                received, coming = received + len(message.get("body", b"")), message.get("more_body", False)
+            await send({"type": "http.response.body"})
 
 
 async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
@@ -1032,93 +1005,70 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
     if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        values = orjson.loads(body)
-    except ValueError as error:
-        raise MalformedError(f"body: it is not JSON in UTF-8 ({error}).") from None
-    if not isinstance(values, dict):
-        raise MalformedError(f"body: send a JSON object with the fields {', '.join(kind.model_fields)}.")
-    for name, value in values.items():
-        if name in kind.model_fields or value is None or IGNORED.get(name) == value:
-            continue
-        if name in IGNORED:
-            raise MalformedError(f"{name} can only be {json.dumps(IGNORED[name])}: leave it out.")
-        instead = INSTEAD.get(name, ", ".join(kind.model_fields))
-        raise MalformedError(f"{name[:50]} is not a field of this route: use {instead}.")
-    try:
-        return kind.model_validate(values)
+        given = itertools.islice(JSON_OBJECT.validate_json(body).items(), 100)  # of more, one is unknown
+        return kind.model_validate({name: x for name, x in given if x is not None and IGNORED.get(name) != x})
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False, include_input=False)[:3]
-        named = (([str(x + 1 if isinstance(x, int) else x) for x in fault["loc"]], fault["msg"]) for fault in faults)
-        sentences = (f"{'.'.join(names) or 'body'}: {message}." for names, message in named)
-        raise MalformedError(" ".join(sentences)) from None
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(step + 1 if isinstance(step, int) else step) for step in fault["loc"]) or "body"
+        raise MalformedError(f"{place[:50]}: {fault['msg']}. {kind.__doc__}") from None
 
 
-async def read_form(request: Request, max_files: int) -> tuple[list[tuple[str, bytes]], dict[Any, str]]:
-    """The files (name, content) and other fields of a multipart form, kept in memory. Raises `MalformedError`."""
+async def read_form(request: Request, max_files: int) -> list[Source]:
+    """The images of a multipart form, which stays in memory. Raises `MalformedError` or `TooLargeError`."""
+    files: list[Any] = []
+    fields: list[multipart.Field] = []
+    ended, config = asyncio.Event(), {"MAX_MEMORY_FILE_SIZE": math.inf}
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
-    parts: list[Any] = []
-    done: list[bool] = []
+    boundary = options.get(b"boundary")
     try:
-        callbacks, config = (parts.append, parts.append, lambda: done.append(True)), {"MAX_MEMORY_FILE_SIZE": math.inf}
-        parser = multipart.FormParser(kind.decode(), *callbacks, options.get(b"boundary"), config=config)
+        parser = multipart.FormParser(kind.decode(), fields.append, files.append, ended.set, boundary, config=config)
         async for chunk in request.stream():
             parser.write(chunk)
-            check_count(max(1, len(parts) - 2), max_files)
-        if not done:
-            raise ValueError("it ends before its last boundary")
-        found: list[Any] = [part for part in parts if isinstance(part, multipart.File) and part.field_name == b"file"]
-        others: list[Any] = [part for part in parts if isinstance(part, multipart.Field)]
-        fields = {part.field_name: part.value or b"" for part in others if part.field_name in (b"text", b"prompt")}
-        if not found or len(found) + len(fields) < len(parts):
-            raise MalformedError(FORM)
-        files = [((file.file_name or b"").decode(errors="replace"), file.file_object.getvalue()) for file in found]
-        return files, {name: value.decode() for name, value in fields.items()}
-    except ValueError as error:
-        raise MalformedError(f"{FORM} What came cannot be read: {error}.") from None
+            if len(files) + len(fields) - 2 > max_files:
+                raise TooLargeError(TOO_MANY.format(max_files))
+        texts = {field.field_name: (field.value or b"").decode() for field in fields}
+        once = len(texts) == len(fields) and texts.keys() <= {b"text", b"prompt"}
+        if not ended.is_set() or not once or {file.field_name for file in files} != {b"file"}:
+            raise ValueError
+    except ValueError:
+        raise MalformedError(f"body: {ImageForm.__doc__}") from None
+    text, prompt = texts.get(b"text", ""), texts.get(b"prompt") or DEFAULT_INSTRUCTION
+    names = (f"File {n} ({file.file_name.decode(errors='replace')[:50]}): " for n, file in enumerate(files, start=1))
+    return [Source(text, file.file_object.getvalue(), prompt, name) for file, name in zip(files, names, strict=True)]
 
 
 def read_item(item: Any, name: str, instruction: str) -> Source:
-    """An item of OpenAI's `input`: a text, an image's data URI, or an object with `text`, `image` or both."""
+    """An item of OpenAI's `input`. Raises `InputError`."""
     if isinstance(item, str):
         item = {"image": item} if DATA_URI.match(item) else {"text": item}
-    valid = isinstance(item, dict) and item.keys() <= {"text", "image"} and any(x is not None for x in item.values())
-    if not valid or not all(isinstance(value, str | None) for value in item.values()):
-        either = "send a text, or an object with `text`, `image` or both"
-        raise InputError(f"{name}{either}, and no token ids (in LangChain: check_embedding_ctx_length=False).")
-    text, image = item.get("text") or "", item.get("image")
-    if image is None:
-        return Source(text, None, instruction, name)
-    uri = DATA_URI.match(image)
-    encoded = image[uri.end() if uri else 0 :].encode(errors="replace").translate(None, b" \t\r\n")
+    given = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
     try:
-        head = uri[1].lower().replace(" ", "") if uri else "image/;base64"
-        if not head.startswith("image/") or not head.endswith(";base64"):
-            raise ValueError("It is another kind of data URI.")
-        return Source(text, base64.b64decode(encoded, validate=True), instruction, name)
+        if not given or given.keys() - {"text", "image"} or not all(isinstance(x, str) for x in given.values()):
+            raise ValueError
+        image = given.get("image")
+        if image is not None:
+            uri = DATA_URI.match(image)
+            image = base64.b64decode("".join(image[uri.end() if uri else 0 :].split()), validate=True)
+        return Source(given.get("text", ""), image, instruction, name)
     except ValueError:
-        raise InputError(f"{name}send an image as base64 or as its data URI (a URL is never fetched).") from None
-
-
-def check_count(inputs: int, most: int) -> None:
-    """Raises `InputError` or `TooLargeError`."""
-    if not inputs:
-        raise InputError(InputError.example)
-    if inputs > most:
-        raise TooLargeError(f"The request has more than {most} inputs: send fewer.")
+        hint = "no URL is fetched, and no token ids are read (in LangChain: check_embedding_ctx_length=False)"
+        raise InputError(f"{name}send {ITEM}; {hint}.") from None
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
-    check_count(len(sources), most)
+    if not sources:
+        raise InputError(InputError.example)
+    if len(sources) > most:
+        raise TooLargeError(TOO_MANY.format(most))
     answer = asyncio.ensure_future(batcher.embed(sources))
     disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    disconnect.add_done_callback(lambda _: answer.cancel())
     try:
-        await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        embeddings, tokens = answer.result()
+        embeddings, tokens = await answer
+    except asyncio.CancelledError:
+        raise ClientDisconnect from None
     finally:
-        answer.cancel()
         disconnect.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
@@ -1130,8 +1080,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     """The routes over a batcher. Of `model` they read device, dtype and dimension."""
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
-    INFO.labels(**state).set(1)
-    QUEUE_DEPTH.set_function(lambda: len(batcher.waiting))
+    Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
+    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
     app = FastAPIOffline(
         title="GME Service",
         version=__version__,
@@ -1139,79 +1089,71 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         lifespan=lambda _: batcher.running(),
         exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, HTTPException, Exception), on_error),
         redoc_url=None,
-        static_url="/docs/static",
     )
-    errors: dict[int | str, dict[str, Any]] = {
-        kind.status: example({"detail": kind.example})
-        for kind in (InputError, KeyRefusedError, TooLargeError, MalformedError, ServiceError, BusyError)
-    }
-    key = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
-    ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
-    openai: dict[str, Any] = {"tags": ["OpenAI's API"], "dependencies": key, "responses": errors}
-    vector, most = [0.0134, -0.0127, 0.0451], min(settings.max_inputs, settings.max_queue)
-    vectors, usage = {"embeddings": [vector]}, {"prompt_tokens": 25, "total_tokens": 25}
-    data = [{"object": "embedding", "index": 0, "embedding": vector}]
-    vector_list = {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
+    most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
 
-    @app.post("/embed/text", **ours, openapi_extra=described(Texts, "application/json", vectors))
+    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        key = str(settings.api_key).encode()
+        if given is None or not secrets.compare_digest(given.credentials.encode("latin-1"), key):
+            raise KeyRefusedError(KeyRefusedError.example)
+
+    kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
+    errors = {kind.status: example(error_body(kind.status, kind.example)) for kind in kinds}
+    key = [Depends(check_key)] if settings.api_key else []  # which is checked before the body is read
+    ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
+    openai = ours | {"tags": ["OpenAI's API"]}
+
+    def openai_list(embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
+
+    @app.post("/embed/text", **ours, openapi_extra=described(Texts, {"embeddings": VECTORS}))
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
-        body = await read_json(request, Texts, settings.max_inputs)
-        prompt = body.prompt or DEFAULT_INSTRUCTION
-        sources = [Source(text, None, prompt, f"Input {number}: ") for number, text in enumerate(body.texts, start=1)]
+        body = await read_json(request, Texts, most)
+        sources = [Source(text, None, body.prompt, f"Input {number}: ") for number, text in enumerate(body.texts, 1)]
         return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
-    @app.post("/embed/image", **ours, openapi_extra=described(ImageForm, "multipart/form-data", vectors))
+    @app.post("/embed/image", **ours, openapi_extra=described(ImageForm, {"embeddings": VECTORS}))
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
-        files, fields = await read_form(request, most)
-        text, prompt = fields.get(b"text", ""), fields.get(b"prompt") or DEFAULT_INSTRUCTION
-        names = [f"File {number} ({name[:50]}): " for number, (name, _) in enumerate(files, start=1)]
-        sources = [Source(text, content, prompt, name) for name, (_, content) in zip(names, files, strict=True)]
+        sources = await read_form(request, most)
         return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
-    @app.post("/v1/embeddings", **openai, openapi_extra=described(OpenAIRequest, "application/json", vector_list))
+    @app.post("/v1/embeddings", **openai, openapi_extra=described(OpenAIRequest, openai_list(VECTORS, 25)))
     async def openai_embeddings(request: Request) -> Response:
         """OpenAI's list object, with one embedding per input in their order."""
-        body = await read_json(request, OpenAIRequest, settings.max_inputs)
+        body = await read_json(request, OpenAIRequest, most)
         if body.dimensions not in (None, model.dimension):
             raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
         items = body.input if isinstance(body.input, list) else [body.input]
-        prompt = body.prompt or DEFAULT_INSTRUCTION
-        sources = [read_item(item, f"Input {number}: ", prompt) for number, item in enumerate(items, start=1)]
+        sources = [read_item(item, f"Input {number}: ", body.prompt) for number, item in enumerate(items, start=1)]
         embeddings, tokens = await embed(request, batcher, sources, most)
-        encode = (lambda one: base64.b64encode(one).decode()) if body.encoding_format == "base64" else np.asarray
-        data = [{"object": "embedding", "index": n, "embedding": encode(one)} for n, one in enumerate(embeddings)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": settings.model_id, "usage": usage})
+        in_base64 = (base64.b64encode(one).decode() for one in embeddings)
+        return json_response(openai_list(in_base64 if body.encoding_format == "base64" else embeddings, tokens))
 
     entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
-    more = {"dimension": model.dimension, "max_length": settings.max_length}
-    models = {"object": "list", "data": [entry | more]}
+    models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
 
-    @app.get("/v1/models", tags=openai["tags"], dependencies=key, responses={200: example(models), 401: errors[401]})
+    @app.get("/v1/models", **openai | {"responses": {200: example(models), 401: errors[401]}})
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
         return json_response(models)
 
-    def health_now() -> dict[str, Any]:
-        status = "ok" if batcher.alive else "the batcher has ended"
-        return {"status": status, **state, "dimension": model.dimension, "queue_depth": len(batcher.waiting)}
+    healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
 
-    ended = example(health_now() | {"status": "the batcher has ended"})
-
-    @app.get("/health", tags=["State"], responses={200: example(health_now()), 503: ended})
+    @app.get("/health", tags=["State"], responses={200: example(healthy), 503: example(error_body(503, ENDING))})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
-        return json_response(health_now(), 200 if batcher.alive else 503)
+        if not batcher.alive:
+            raise BusyError(ENDING)
+        return json_response(healthy | {"queue_depth": len(batcher.waiting)})
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("docs")
-
+    app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
-    app.add_middleware(Guard, settings=settings)  # the last one is the first that a request meets
+    app.add_middleware(Guard, max_body=settings.max_body_mb * 2**20)  # the last is the first that a request meets
     return app
 
 

@@ -84,15 +84,12 @@ def vectors(response: httpx.Response) -> np.ndarray:
 
 
 def detail(response: Any, status: int) -> str:
-    """The sentence of an error with that status: for OpenAI's clients in their shape too, Jina's read ours."""
+    """The sentence of an error with that status: in the shape of OpenAI's clients too, Jina's read ours."""
     assert response.status_code == status, response.text
     body = response.json()
     sentence = body.pop("detail")
-    if urlsplit(str(response.url)).path.startswith("/v1/"):
-        error = body.pop("error")
-        kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-        assert error == {"message": sentence, "type": kind, "code": None}
-    assert body == {}
+    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    assert body == {"error": {"message": sentence, "type": kind, "code": None}}
     return sentence
 
 
@@ -222,16 +219,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {  # a request, its s
     "lists of token ids": (OPENAI, {"json": {"input": [[1, 2], [3]]}}, 400, "check_embedding_ctx_length=False"),
     "other dimensions": (OPENAI, {"json": {"input": "a", "dimensions": 64}}, 400, "128"),
     "messages": (OPENAI, {"json": {"input": "a", "messages": []}}, 422, "messages"),
-    "input_type": (OPENAI, {"json": {"input": "a", "input_type": "query"}}, 422, "use prompt"),
-    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "can only be true"),
-    "a wrong name": (TEXT, {"json": {"texts": ["a"], "promt": "b"}}, 422, "texts, prompt"),
+    "input_type": (OPENAI, {"json": {"input": "a", "input_type": "query"}}, 422, "instruction as `prompt`"),
+    "normalized: false": (OPENAI, {"json": {"input": "a", "normalized": False}}, 422, "normalized"),
+    "a wrong name": (TEXT, {"json": {"texts": ["a"], "promt": "b"}}, 422, "`texts`"),
     "another encoding": (OPENAI, {"json": {"input": "a", "encoding_format": "int8"}}, 422, "encoding_format"),
     "no input at all": (OPENAI, {"json": {}}, 422, "input"),
     "OpenAI's chat's image": (OPENAI, {"json": {"input": ["a", {"image": {"url": DATA_URI}}]}}, 400, "Input 2"),
     "an item of another field": (OPENAI, {"json": {"input": ["a", {"text": "a", "image_url": ""}]}}, 400, "Input 2"),
     "a text in place of texts": (TEXT, {"json": {"texts": "a"}}, 422, "texts"),
     "a number in place of a text": (TEXT, {"json": {"texts": ["a", 1]}}, 422, "texts.2"),
-    "a list as body": (TEXT, {"json": ["a"]}, 422, "texts, prompt"),
+    "a list as body": (TEXT, {"json": ["a"]}, 422, "`texts`"),
     "a number as input": (OPENAI, {"json": {"input": 1}}, 400, "send a text"),
     "many faults": (TEXT, {"json": {"texts": [{"secret": 1}] * 1000, "prompt": 1}}, 422, "texts"),
     "no body": (TEXT, raw(b""), 422, "body"),
@@ -446,7 +443,7 @@ def test_a_client_that_never_ends_is_left(direct: Address) -> None:
 
 def test_who_asks_before_sending_is_told_to_go_on_or_why_not(direct: Address) -> None:
     body = b'{"texts": ["a"]}'
-    for key, size, answer in ((KEY, len(body), b"100"), ("wrong", len(body), b"401"), (KEY, 2**21, b"413")):
+    for key, size, answer in ((KEY, len(body), b"100"), ("wrong", len(body), b"401")):
         with connect(direct) as asking, asking.makefile("rb") as answers:
             head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: {size}\r\n"
             asking.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
@@ -474,11 +471,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_without_the_right_key_every_route_and_method_is_401(stranger: httpx.Client, name: str) -> None:
+def test_without_the_right_key_every_route_is_401_and_no_method_is_let_through(
+    stranger: httpx.Client, name: str
+) -> None:
     for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE"):
-        for path in (TEXT, IMAGE, OPENAI, "/v1/models", "/nothing/here"):
+        for path in (TEXT, IMAGE, OPENAI, "/v1/models"):
             response = stranger.request(method, path, headers=WRONG[name])
-            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), (method, path)
+            served = method == ("GET" if path == "/v1/models" else "POST")
+            assert response.status_code == (401 if served else 405), (method, path)
+            assert response.headers.get("www-authenticate") == ("Bearer" if served else None)
             assert KEY not in response.text
     assert "Authorization: Bearer" in detail(stranger.post(OPENAI, headers=WRONG[name]), 401)
 
@@ -497,7 +498,7 @@ def test_no_spelling_of_a_path_leads_past_the_key(strict: Address, path: str, ho
     connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=PATIENCE)
     connection.request("POST", path, b'{"texts": ["a"]}', JSON | {"Host": host})  # httpx would tidy the path
     with contextlib.closing(connection), connection.getresponse() as response:
-        assert response.status in (400, 401, 404, 405)
+        assert response.status in (307, 400, 401, 404, 405)  # 307: to the route itself, which asks for the key
         assert b"embeddings" not in response.read()
 
 
@@ -525,7 +526,7 @@ def test_docs_load_nothing_from_elsewhere_and_need_no_key(stranger: httpx.Client
     links = re.findall(r"""(?:src|href)=["']([^"']+)""", page.text)
     assert len(links) >= 2
     for link in links:
-        assert link.startswith("/docs/")
+        assert link.startswith("/static-offline-docs/")
         assert stranger.get(link).status_code == 200
     assert "https://" not in page.text.replace("https://fastapi.tiangolo.com", "")
 
@@ -541,6 +542,8 @@ def test_every_route_is_in_a_named_group_and_described_with_an_example_of_each_a
         assert answers.keys() >= {"200", "400", "401", "413", "422", "500", "503"}
         examples = {json.dumps(answer["content"]["application/json"]["example"]) for answer in answers.values()}
         assert len(examples) == len(answers)
+        errors = [answers[status]["content"]["application/json"]["example"] for status in answers if status != "200"]
+        assert all(error.keys() == {"detail", "error"} for error in errors)
 
 
 def test_only_where_a_key_is_needed_there_is_a_padlock(client: httpx.Client, stranger: httpx.Client) -> None:

@@ -92,10 +92,6 @@ class BusyError(ServiceError):
     status, example = 503, "Too many inputs wait already: try again in a moment."
 
 
-class DeviceError(Exception):
-    """The device cannot go on, and the process has to end: no client gets this."""
-
-
 # ---------------------------------------------------------------------------------------------------- 1. Settings
 class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
     """The environment variables `GME_*`; README.md has the table."""
@@ -600,14 +596,14 @@ class Model:
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
 
-        Raises `MemoryError` when the batch does not fit, and `DeviceError` when the device cannot go on.
+        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
         """
         try:
             return self.forward(inputs).cpu().numpy()
         except torch.OutOfMemoryError:
             pass  # the memory is free only when the exception, which holds the batch's tensors, is gone
         except torch.AcceleratorError as error:
-            raise DeviceError(f"The device {self.device} cannot go on: {error}") from None
+            raise SystemExit(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # how torch says it on a CPU
                 raise
@@ -684,7 +680,6 @@ QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
-ENDING = "The service is ending: try again in a moment."
 Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
 
 
@@ -710,7 +705,7 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
     """`function(items)`; where it raises, halves the items until those it raises for have an error as result."""
     try:
         return list(function(items))
-    except DeviceError:
+    except SystemExit:
         raise
     except ServiceError as refusal:
         error = refusal
@@ -740,8 +735,6 @@ class Batcher:
     max_tokens: int  # of a batch
     max_queue: int = 16384
     cache_entries: int = 0
-    on_death: Callable[[], object] = lambda: None
-    alive: bool = True
     clock: int = 0  # how far the queue has got: where the numbers of a new request start
     waiting: list[Waiting] = field(default_factory=list)  # in order
     cache: OrderedDict[bytes, Embedding] = field(default_factory=OrderedDict)  # by key of the input
@@ -752,8 +745,8 @@ class Batcher:
 
         Raises the `ServiceError` of an input that has one, and `BusyError`. When cancelled, drops what still waits.
         """
-        if not self.alive or len(self.waiting) + len(sources) > self.max_queue:
-            raise BusyError(BusyError.example if self.alive else ENDING)
+        if len(self.waiting) + len(sources) > self.max_queue:
+            raise BusyError(BusyError.example)
         futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
         for order, (source, future) in enumerate(shortest_first, self.clock):
@@ -770,22 +763,16 @@ class Batcher:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Answer requests for as long as this context lasts."""
-        loops = asyncio.gather(self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS)))
-        loops.add_done_callback(self.end)
+        """Answer requests for as long as this context lasts. What `compute` cannot go on from ends the process."""
+        task = asyncio.create_task(self.run())
         yield
-        loops.cancel()
-        await asyncio.wait([loops])
+        task.cancel()
 
-    def end(self, loops: asyncio.Future[Any]) -> None:
-        """The loops have ended, by a fault or with the service: no request can be answered any more."""
-        self.alive = False
-        for one in self.waiting:
-            one.name = ""  # as it is not the input's fault
-            one.answer(BusyError(ENDING))
-        if not isinstance(loops.exception(), asyncio.CancelledError):
-            log.critical("The batcher has ended.", exc_info=loops.exception())
-            self.on_death()
+    async def run(self) -> None:
+        try:
+            await asyncio.gather(self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS)))
+        except Exception as fault:
+            raise SystemExit(f"The batcher has ended: {fault!r}") from fault
 
     def notify(self) -> None:
         """Forget what has an answer or is cancelled, and wake the loops below to see whether there is work."""
@@ -1143,11 +1130,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
 
-    @app.get("/health", tags=["State"], responses={200: example(healthy), 503: example(error_body(503, ENDING))})
+    @app.get("/health", tags=["State"], responses={200: example(healthy)})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
-        if not batcher.alive:
-            raise BusyError(ENDING)
         return json_response(healthy | {"queue_depth": len(batcher.waiting)})
 
     app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
@@ -1171,8 +1156,6 @@ def build() -> FastAPI:
     max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
-    # The 503 of all that waits goes out, and then the process ends, for systemd to start a fresh one.
-    batcher.on_death = lambda: asyncio.get_running_loop().call_later(3, os._exit, 1)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -97,12 +97,8 @@ def test_a_fault_of_the_model_is_a_500_and_a_lost_device_ends_the_process(start:
     assert (fault.status_code, "boom" in fault.text) == (500, False)
     assert "ValueError: boom" in server.log.read_text()
     with ThreadPoolExecutor(4) as clients:
-        answers = [clients.submit(post, f"{number}") for number in range(4)]
-    for answer in answers:
-        if not isinstance(answer.exception(), httpx.TransportError):  # of one that came too late
-            assert answer.result().status_code == 503
-            assert int(answer.result().headers["Retry-After"]) > 0
-    assert any(answer.exception() is None for answer in answers)
+        answers = [clients.submit(post, f"{number}").exception() for number in range(4)]
+    assert all(isinstance(answer, httpx.TransportError) for answer in answers)
     assert server.process.wait(PATIENCE) not in (0, None)
     assert "illegal memory access" in server.log.read_text()
 

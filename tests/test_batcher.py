@@ -431,30 +431,6 @@ async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembere
     await (await rig.submit(text("bad")))
 
 
-async def test_a_device_that_cannot_go_on_ends_every_request(make: Make) -> None:
-    rig, deaths = await make(max_tokens=10), []
-    rig.model_faults["fatal"] = gme.DeviceError("The device cannot go on.")
-    rig.batcher.on_death = lambda: deaths.append(rig.batcher.alive)
-    async with rig.held(text("fatal"), text("rest")) as under_way:
-        ready = await rig.submit_ready(text("ready"))
-        waiting = await rig.submit(*(image(f"{number}") for number in range(50)))
-    for task in (under_way, ready, waiting, await rig.submit(text("later"))):
-        assert isinstance(await error_of(task), gme.BusyError)
-    assert (rig.batches, len(rig.batcher.waiting), deaths) == ([["fatal"]], 0, [False])
-
-
-async def test_when_the_service_ends_what_still_waits_is_told_so() -> None:
-    rig, deaths = Rig(max_tokens=10), []
-    rig.batcher.on_death = lambda: deaths.append(True)
-    async with rig.batcher.running():
-        waiting = await rig.submit(*(text(f"{number}") for number in range(50)))
-        await rig.until(lambda: rig.ready.total() == 50)
-    assert isinstance(await error_of(waiting), gme.BusyError)
-    assert isinstance(await error_of(await rig.submit(text("later"))), gme.BusyError)
-    assert deaths == []
-    await rig.check()
-
-
 # ------------------------------------------------------------------------------------------------------------ at length
 
 

@@ -442,8 +442,6 @@ class Preparer:
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
 
-Function = Callable[..., Tensor]
-
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """A linear layer; with the weight of a gate, times silu of what that gives."""
@@ -457,7 +455,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Function, Function, Function]:
+def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Callable[..., Tensor], ...]:
     """Set torch up for a CPU. Returns what lays a weight out, multiplies by it, and attends within an image."""
     x86, amx = platform.machine() == "x86_64", torch.cpu.get_capabilities().get("amx_bf16")
     if small:
@@ -505,9 +503,9 @@ class Model:
         self.text, self.vision = config.get("text_config", config), config["vision_config"]
         self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
         small = sum(path.stat().st_size for path in weight_files(directory)) < 200_000_000
-        plain: tuple[Function, Function, Function] = Tensor.clone, multiply, functional.scaled_dot_product_attention
+        plain: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
         self.lay_out, self.multiply, self.attend = speed_up_on_cpu(dtype, small) if device.type == "cpu" else plain
-        self.stored, self.weights = dict[str, Function](), dict[str, Tensor]()
+        self.weights, self.stored = dict[str, Tensor](), dict[str, Callable[[], Tensor]]()
         for file in [safe_open(path, framework="pt") for path in weight_files(directory)]:
             for name in file.keys():  # noqa: SIM118  # a file is no mapping
                 # a current transformers saves other names than the published ones
@@ -515,21 +513,22 @@ class Model:
                 self.stored[published] = functools.partial(file.get_tensor, name)
         self.kept_states = functools.lru_cache(16)(self.prefix_states)
 
-    def weight(self, name: str, *shape: int, exact: bool = False, lay_out: Function = Tensor.clone) -> Tensor:
+    def weight(self, name: str, *shape: int, exact: bool = False, packed: bool = False) -> Tensor:
         """Read straight into its final dtype and place. Raises `StartError` when it is missing or misshapen."""
         if name not in self.weights:
             found = self.stored[name]() if name in self.stored else None
             if found is None or found.shape != shape:
                 fault = "is missing" if found is None else f"is {tuple(found.shape)}"
                 raise StartError(f"{self.directory}: the weight {name} {fault}, and has to be {shape}.")
-            self.weights[name] = lay_out(found.to(self.device, torch.float32 if exact else self.dtype))
+            weight = found.to(self.device, torch.float32 if exact else self.dtype)
+            self.weights[name] = self.lay_out(weight) if packed else weight.clone()  # the file's own may change
         return self.weights[name]
 
     def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str | None = None) -> Tensor:
         shape = width, x.shape[-1]
-        weight = self.weight(f"{name}.weight", *shape, lay_out=self.lay_out)
+        weight = self.weight(f"{name}.weight", *shape, packed=True)
         bias = self.weight(f"{name}.bias", width) if biased else None
-        gate_weight = self.weight(f"{gate}.weight", *shape, lay_out=self.lay_out) if gate else None
+        gate_weight = self.weight(f"{gate}.weight", *shape, packed=True) if gate else None
         return self.multiply(x.to(self.dtype), weight, bias, gate_weight)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
@@ -537,9 +536,8 @@ class Model:
         weight = self.weight(f"{name}.weight", x.shape[-1], exact=True)
         if name.startswith("model."):
             return functional.rms_norm(x, weight.shape, weight, self.text["rms_norm_eps"])
-        return functional.layer_norm(
-            x, weight.shape, weight, self.weight(f"{name}.bias", x.shape[-1], exact=True), 1e-6
-        )
+        bias = self.weight(f"{name}.bias", x.shape[-1], exact=True)
+        return functional.layer_norm(x, weight.shape, weight, bias, 1e-6)
 
     def see(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """The vision tower: token embeddings (P / 4, D) of an image's uint8 patches (P, 588)."""
@@ -594,12 +592,11 @@ class Model:
             states.append(torch.stack((rotate(key, angles), value)))
             both = torch.cat((past[number].expand(-1, batch, -1, -1, -1), states[-1]), 3) if past else states[-1]
             key, value = both.repeat_interleave(heads // groups, 2)
-            query = rotate(query, angles)
-            attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=not past)
-            attended = attended.transpose(1, 2).flatten(2)  # (B, T, D)
+            out = functional.scaled_dot_product_attention(rotate(query, angles), key, value, mask, is_causal=not past)
+            out = out.transpose(1, 2).flatten(2)  # (B, T, D)
             if number == config["num_hidden_layers"] - 1:  # of which only the pooled tokens go on
-                hidden, attended = (x[torch.arange(batch, device=device), last] for x in (hidden, attended))
-            hidden += self.linear(attended, f"{layer}.self_attn.o_proj", width, biased=False)
+                hidden, out = (x[torch.arange(batch, device=device), last] for x in (hidden, out))
+            hidden += self.linear(out, f"{layer}.self_attn.o_proj", width, biased=False)
             normed = self.norm(hidden, f"{layer}.post_attention_layernorm")
             gated = self.linear(normed, f"{layer}.mlp.up_proj", inner, biased=False, gate=f"{layer}.mlp.gate_proj")
             hidden += self.linear(gated, f"{layer}.mlp.down_proj", width, biased=False)
@@ -648,6 +645,7 @@ class Model:
         inputs = [replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise), *texts[1:]]
         alone = np.concatenate([self.embed([replace(one, shared=0)]) for one in inputs])
         distance = 1 - (self.embed(inputs) * alone).sum(1).min()
+        self.stored.clear()  # all weights are read: this closes their files
         if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # of rounding alone
             reason = f"An image and a text have other embeddings together than alone (1 - cosine is {distance:.2g})"
             raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")

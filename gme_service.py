@@ -485,9 +485,10 @@ def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Callable[..., Tens
             x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
             packed, expected = lay_out(weight), multiply(multiply(x, weight, bias), weight, bias, weight)
             found = fused(fused(x, packed, bias), packed, bias, packed)
-            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.002)
+            if not torch.allclose(found, expected, rtol=0.02, atol=0.002):
+                raise RuntimeError("their products differ")
             return lay_out, fused, attend_in_chunks
-        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        except (AttributeError, RuntimeError, TypeError) as error:
             log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
     return Tensor.clone, multiply, attend_in_chunks
 

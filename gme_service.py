@@ -558,7 +558,7 @@ class Model:
             query, key = rotate(qkv[:2], angles.flatten(1))
             attended = self.attend(query, key, qkv[2])[0].transpose(0, 1).flatten(1)  # (P, width)
             hidden += self.linear(attended, f"{block}.attn.proj", width)
-            for part in hidden.split(512):  # views, so few that the numbers between the products stay in the cache
+            for part in hidden.split(512 if device.type == "cpu" else len(hidden)):  # views: so few stay in the cache
                 inner = self.linear(self.norm(part, f"{block}.norm2"), f"{block}.mlp.fc1", 4 * width)
                 part += self.linear(torch.sigmoid(1.702 * inner).mul_(inner), f"{block}.mlp.fc2", width)  # quick_gelu
         merged = self.norm(hidden, "visual.merger.ln_q").view(-1, 4 * width)

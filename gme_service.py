@@ -519,8 +519,7 @@ class Model:
         if name not in self.weights:
             found = self.stored[name]() if name in self.stored else None
             if found is None or found.shape != shape:
-                fault = "is missing" if found is None else f"is {tuple(found.shape)}"
-                raise StartError(f"{self.directory}: the weight {name} {fault}, and has to be {shape}.")
+                raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
             weight = found.to(self.device, torch.float32 if exact else self.dtype)
             self.weights[name] = self.lay_out(weight) if packed else weight.clone()  # the file's own may change
         return self.weights[name]

@@ -571,9 +571,8 @@ class Model:
     def read(self, hidden: Tensor, last: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The decoder: final hidden states (B, D) at `last` (B,) of token embeddings (B, T, D) that follow `past`.
 
-        Also returns keys and values by layer (2, B, groups, T, head_dim). Token i has position i on all three rotary
-        axes, image tokens too, as in the authors' forward. Attention is causal: no token sees the padding to its right.
-        The residual stream is float32 in every dtype: closer to float32's embeddings, and no overflow in float16.
+        Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
+        position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.
         """
         config, device, (batch, length, width) = self.text, self.device, hidden.shape
         heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
@@ -611,7 +610,7 @@ class Model:
         """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool."""
         shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
-        hidden = self.embedded(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D), padded on the right
+        hidden = self.embedded(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D); none sees padding
         for row, one in enumerate(inputs):
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches).to(self.device), *one.grid)

@@ -145,7 +145,7 @@ def test_a_missing_and_a_misshapen_weight_are_named(tmp_path: Path, name: str, m
     weight = weights.pop(name)
     save_file(weights | {name: weight[1:].clone()} if misshapen else weights, shard)
     with pytest.raises(gme.StartError) as stop:
-        gme.Model(checkpoint, CPU, torch.float32)
+        gme.Model(checkpoint, CPU, torch.float32).check(prepare(PROBES))
     assert name in str(stop.value)
 
 

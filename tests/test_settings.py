@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_bad_settings_end_uvicorn_with_a_sentence_each_and_a_code_of_their_own()
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu, please", "meta"])
 def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
     with pytest.raises(gme.StartError) as stop:
-        gme.choose_device(name)
+        gme.choose_device(name, "auto")
     assert f"GME_DEVICE={name}" in str(stop.value)
     assert "\n" not in str(stop.value)
 
@@ -89,7 +90,7 @@ def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypa
 
     monkeypatch.setattr(torch, "ones", full)
     with pytest.raises(torch.OutOfMemoryError):  # and not with the code that prevents a restart
-        gme.choose_device("cpu")
+        gme.choose_device("cpu", "auto")
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,9 @@ def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypa
 def test_the_dtype_suits_the_device_unless_it_is_named(
     monkeypatch: Patch, name: str, device: str, features: dict[str, bool], dtype: torch.dtype
 ) -> None:
+    monkeypatch.setattr(torch, "ones", Mock())  # as if every device were there
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert gme.choose_dtype(name, torch.device(device)) == dtype
+    assert gme.choose_device(device, name) == (torch.device(device), dtype)
 
 
 def test_a_user_without_home_is_asked_for_a_directory_and_downloads_into_it(environment: Patch, tmp_path: Path) -> None:

@@ -967,7 +967,7 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
     try:
         embeddings, tokens = await answer
     except asyncio.CancelledError:
-        raise ClientDisconnect from None
+        raise BusyError("The service is ending: try again.") if disconnect.cancelling() else ClientDisconnect from None
     finally:
         disconnect.cancel()
     for source in sources:

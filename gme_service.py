@@ -592,9 +592,8 @@ class Model:
             states.append(torch.stack((rotate(key, angles), value)).transpose(2, 3))
             both = torch.cat((past[number].expand(-1, batch, -1, -1, -1), states[-1]), 3) if past else states[-1]
             key, value = both.repeat_interleave(heads // groups, 2)
-            out = functional.scaled_dot_product_attention(
-                rotate(query, angles).transpose(1, 2), key, value, mask, is_causal=not past
-            )
+            query = rotate(query, angles).transpose(1, 2)
+            out = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=not past)
             out = out.transpose(1, 2).flatten(2)  # (B, T, D)
             if number == config["num_hidden_layers"] - 1:  # of which only the pooled tokens go on
                 hidden, out = (x[torch.arange(batch, device=device), last] for x in (hidden, out))

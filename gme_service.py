@@ -495,7 +495,7 @@ class Model:
         theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
         before, head_dim, pairs = past[0].shape[3] if past else 0, width // heads, width // heads // 2
         positions = torch.arange(before, before + length, device=device)
-        angles = positions[:, None] / theta ** (torch.arange(pairs, device=device) / pairs)  # (T, pairs)
+        angles = positions[:, None, None] / theta ** (torch.arange(pairs, device=device) / pairs)  # (T, 1, pairs)
         mask = positions[:, None] >= torch.arange(before + length, device=device) if past else None
         sizes = {"q": width, "k": groups * head_dim, "v": groups * head_dim}
         hidden, states = hidden.float(), list[Tensor]()
@@ -503,11 +503,12 @@ class Model:
             layer = f"model.layers.{number}"
             normed = self.norm(hidden, f"{layer}.input_layernorm")
             projected = (self.linear(normed, f"{layer}.self_attn.{x}_proj", size) for x, size in sizes.items())
-            query, key, value = (x.unflatten(2, (-1, head_dim)).transpose(1, 2) for x in projected)
-            states.append(torch.stack((rotate(key, angles), value)))
+            query, key, value = (x.unflatten(2, (-1, head_dim)) for x in projected)
+            states.append(torch.stack((rotate(key, angles), value)).transpose(2, 3))
             both = torch.cat((past[number].expand(-1, batch, -1, -1, -1), states[-1]), 3) if past else states[-1]
             key, value = both.repeat_interleave(heads // groups, 2)
-            out = functional.scaled_dot_product_attention(rotate(query, angles), key, value, mask, is_causal=not past)
+            query = rotate(query, angles).transpose(1, 2)
+            out = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=not past)
             out = out.transpose(1, 2).flatten(2)  # (B, T, D)
             if number == config["num_hidden_layers"] - 1:  # of which only the pooled tokens go on
                 hidden, out = (x[torch.arange(batch, device=device), last] for x in (hidden, out))

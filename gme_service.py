@@ -44,7 +44,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import safe_open
@@ -95,7 +95,7 @@ class BusyError(ServiceError):
 class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
     """The environment variables `GME_*`; README.md has the table."""
 
-    model_dir: Path = Path("~/gme_models")
+    model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/gme_models")
     model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
     model_revision: str | None = None
     device: str = "auto"
@@ -113,19 +113,19 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     @classmethod
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
-        known, faults = [f"GME_{name.upper()}" for name in cls.model_fields], []
+        known = [f"GME_{field}".upper() for field in cls.model_fields]
+        faults = []
         for name in os.environ:
             if name.upper().startswith("GME_") and name.upper() not in known:
-                (nearest,) = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+                nearest = difflib.get_close_matches(name.upper(), known, cutoff=0)[0]
                 faults.append(f"{name} is not a setting: the nearest is {nearest}.")
         try:
             settings = cls()
-            settings.model_dir = settings.model_dir.expanduser()
         except ValidationError as error:
             named = [(f"GME_{fault['loc'][0]}".upper(), fault) for fault in error.errors()]
             faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
+            faults.append(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.")
         if faults:
             raise StartError("\n".join(faults))
         return settings

@@ -50,8 +50,7 @@ def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
 def test_a_value_that_cannot_be_used_is_named(environment: Patch, name: str, text: str) -> None:
     environment.setenv(f"GME_{name}", text)
     (sentence,) = refusal()
-    assert f"GME_{name}" in sentence
-    assert text in sentence
+    assert f"GME_{name}{'' if name == 'MODEL_DIR' else f'={text}'} " in sentence
 
 
 @pytest.mark.parametrize("name", ["GME_APIKEY", "gme_apikey"])

@@ -112,23 +112,20 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
     @classmethod
     def load(cls) -> "Settings":
-        """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
+        """Read the environment. Raises `StartError` with a sentence for the first variable that cannot be used."""
         known = [f"GME_{field}".upper() for field in cls.model_fields]
-        faults = []
         for name in os.environ:
             if name.upper().startswith("GME_") and name.upper() not in known:
                 nearest = difflib.get_close_matches(name.upper(), known, cutoff=0)[0]
-                faults.append(f"{name} is not a setting: the nearest is {nearest}.")
+                raise StartError(f"{name} is not a setting: the nearest is {nearest}.")
         try:
-            settings = cls()
+            return cls()
         except ValidationError as error:
-            named = [(f"GME_{fault['loc'][0]}".upper(), fault) for fault in error.errors()]
-            faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
+            fault = error.errors()[0]
+            variable = f"GME_{fault['loc'][0]}".upper()
+            raise StartError(f"{variable}={fault['input']} cannot be used: {fault['msg']}.") from None
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.")
-        if faults:
-            raise StartError("\n".join(faults))
-        return settings
+            raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint

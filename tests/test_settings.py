@@ -32,11 +32,11 @@ def environment(monkeypatch: Patch) -> Patch:
     return monkeypatch
 
 
-def refusal() -> list[str]:
-    """The sentences with which the settings of the environment are refused, one a line."""
+def refusal() -> str:
+    """The sentence with which the settings of the environment are refused."""
     with pytest.raises(gme.StartError) as stop:
         gme.Settings.load()
-    return str(stop.value).splitlines()
+    return str(stop.value)
 
 
 def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
@@ -49,14 +49,14 @@ def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
 @pytest.mark.parametrize(("name", "text"), VALUES)
 def test_a_value_that_cannot_be_used_is_named(environment: Patch, name: str, text: str) -> None:
     environment.setenv(f"GME_{name}", text)
-    (sentence,) = refusal()
+    sentence = refusal()
     assert f"GME_{name}{'' if name == 'MODEL_DIR' else f'={text}'} " in sentence
 
 
 @pytest.mark.parametrize("name", ["GME_APIKEY", "gme_apikey"])
 def test_a_name_that_is_no_setting_is_refused_with_the_nearest(environment: Patch, name: str) -> None:
     environment.setenv(name, "secret")  # which would serve everybody, were it ignored
-    (sentence,) = refusal()
+    sentence = refusal()
     assert re.findall(r"(?i)GME_\w+", sentence) == [name, "GME_API_KEY"]
     assert "secret" not in sentence
 
@@ -67,12 +67,11 @@ def test_a_key_is_stripped(environment: Patch, text: str, key: str) -> None:
     assert gme.Settings.load().api_key == key
 
 
-def test_bad_settings_end_uvicorn_with_a_sentence_each_and_a_code_of_their_own() -> None:
-    end = run(*UVICORN, GME_MAX_LENGTH="long", GME_APIKEY="secret")
-    assert end.returncode == 78  # with which the systemd unit is not started again
-    assert sorted(re.findall(r"^GME_\w+", end.stderr, re.MULTILINE)) == ["GME_APIKEY", "GME_MAX_LENGTH"]
-    assert len(end.stderr.splitlines()) == 2
-    assert end.stdout == ""
+def test_a_bad_setting_ends_uvicorn_with_a_sentence_and_a_code_of_its_own() -> None:
+    end = run(*UVICORN, GME_MAX_LENGTH="long")
+    assert (end.returncode, end.stdout) == (78, "")  # with which the systemd unit is not started again
+    assert len(end.stderr.splitlines()) == 1
+    assert end.stderr.startswith("GME_MAX_LENGTH=long")
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu, please", "meta"])

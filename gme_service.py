@@ -129,9 +129,6 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
-SUMS = "SHA256SUMS"
-
-
 def weight_files(directory: Path) -> set[Path]:
     index = directory / "model.safetensors.index.json"
     shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
@@ -168,9 +165,8 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
-            if is_complete(directory) and (directory / SUMS).exists():
+        with FileLock(directory / ".lock"), bars:  # once, however many workers
+            if is_complete(directory) and (directory / "SHA256SUMS").exists():
                 return directory
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
@@ -178,25 +174,23 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            (directory / SUMS).write_text("\n".join(sorted(file_sums(directory))))
+            (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
     except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
-        refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
-        raise (StartError if refused else SystemExit)(
-            f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
-            " go on where it ended, or put the files there by hand, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT."
-        ) from None
+        kind = (
+            StartError if getattr(error, "response", None) is not None or getattr(error, "errno", None) else SystemExit
+        )
+        advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
+        raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory
 
 
 def verify(settings: Settings) -> str:
-    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub's files.
+    """Compare the files with the sums noted after their download; where there are none, with the hub's.
 
     Raises `StartError` with the names of those that differ; the hub's have taken their place where it was asked.
     """
     directory = settings.model_dir / settings.model_id
-    found, sums, advice = file_sums(directory), directory / SUMS, "delete them, and start again"
-    if not found:
-        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
+    sums, found, advice = directory / "SHA256SUMS", file_sums(directory), "delete them, and start again"
     if not sums.exists():
         find_checkpoint(settings, compare=True)
         advice = "the hub's have taken their place"

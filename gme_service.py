@@ -166,8 +166,6 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with FileLock(directory / ".lock"), bars:  # once, however many workers
-            if is_complete(directory) and (directory / "SHA256SUMS").exists():
-                return directory
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
             log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)

@@ -161,6 +161,7 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
         return directory
     os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
     # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:

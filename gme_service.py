@@ -154,7 +154,7 @@ def file_sums(directory: Path) -> set[str]:
 def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
     """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case.
 
-    Raises `StartError` when the hub or the disk refuses, and else `SystemExit`, whose code 1 makes systemd try again.
+    Raises `StartError`; where it may help to try again, `SystemExit`, at whose code 1 systemd does so.
     """
     directory = settings.model_dir / settings.model_id
     if is_complete(directory) and not compare:
@@ -173,10 +173,8 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
             (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
-    except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
-        kind = (
-            StartError if getattr(error, "response", None) is not None or getattr(error, "errno", None) else SystemExit
-        )
+    except Exception as error:  # the client raises many kinds
+        kind = SystemExit if getattr(error, "retryable", False) else StartError
         advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
         raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory

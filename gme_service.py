@@ -181,17 +181,14 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
 
 
 def verify(settings: Settings) -> str:
-    """Compare the files with the sums noted after their download; where there are none, with the hub's.
-
-    Raises `StartError` with the names of those that differ; the hub's have taken their place where it was asked.
-    """
+    """Compare the files with the sums noted after their download. Raises `StartError` with those that differ."""
     directory = settings.model_dir / settings.model_id
-    sums, found, advice = directory / "SHA256SUMS", file_sums(directory), "delete them, and start again"
+    sums, found = directory / "SHA256SUMS", file_sums(directory)
     if not sums.exists():
-        find_checkpoint(settings, compare=True)
-        advice = "the hub's have taken their place"
+        find_checkpoint(settings, compare=True)  # after which those that differed are the hub's
     if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
-        raise StartError(f"Changed or missing in {directory}: {', '.join(wrong)}; {advice}.")
+        names = ", ".join(wrong)
+        raise StartError(f"Changed or missing in {directory}: {names}. Verify again: delete what still differs.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 

@@ -1043,7 +1043,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 # --------------------------------------------------------------------------------------------------------- 7. app
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
-    started, settings = time.perf_counter(), Settings.load()
+    settings = Settings.load()
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
@@ -1054,13 +1054,9 @@ def build() -> FastAPI:
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
     key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
-    log.info(
-        f"GME Service {__version__}: {settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions,"
-        f" loaded in {time.perf_counter() - started:.1f} s from {directory}; {key}."
-    )
+    log.info(f"GME Service {__version__}: {settings.model_id} on {device} in {dtype} from {directory}; {key}.")
     return create_app(settings, batcher, model)
 
 

@@ -1,7 +1,6 @@
 """Room app: the command line, when the port opens, what the log says, and how the service ends."""
 
 import io
-import re
 import resource
 import signal
 import socket
@@ -57,9 +56,8 @@ def test_the_port_opens_when_the_model_is_loaded_on_all_addresses_and_one_line_s
         assert process.wait(PATIENCE) == 0
     assert answer.status_code == 200
     (ours,) = lines
-    for words in (gme.__version__, " on cpu ", "float32", "128 dimensions", "no API key is needed", "GME_API_KEY"):
+    for words in (gme.__version__, " on cpu ", "float32", "no API key is needed", "GME_API_KEY"):
         assert words in ours
-    assert re.search(r" loaded in \d+\.\d s ", ours)
 
 
 def test_uploads_need_no_disk_and_neither_requests_nor_the_key_are_in_the_log(start: Start) -> None:

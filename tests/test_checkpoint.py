@@ -163,7 +163,7 @@ def test_two_workers_that_start_together_download_once_and_both_serve(
         released = thread.submit(release)
         server = start("--workers", "2", PYTHONPATH=str(tmp_path))
         released.result()
-    while log.read_text().count("loaded in") < 2:
+    while log.read_text().count("API key") < 2:
         assert server.process.poll() is None
         time.sleep(0.05)
     assert "died" not in log.read_text()  # uvicorn ends a worker that it believes to hang

@@ -16,7 +16,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -1072,5 +1071,4 @@ try:
         os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
 except StartError as error:
     print(error, file=sys.stderr)
-    # uvicorn starts a worker again and again unless it ends with 3; 78 is EX_CONFIG of sysexits.h
-    sys.exit(3 if multiprocessing.parent_process() else 78)
+    sys.exit(78)  # EX_CONFIG of sysexits.h, at which systemd does not start it again

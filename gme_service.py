@@ -91,9 +91,7 @@ class BusyError(ServiceError):
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
-class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
-    """The environment variables `GME_*`; README.md has the table."""
-
+class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):  # see README.md
     model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/gme_models")
     model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
     model_revision: str | None = None
@@ -151,20 +149,16 @@ def file_sums(directory: Path) -> set[str]:
 
 
 def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
-    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case.
-
-    Raises `StartError`; where it may help to try again, `SystemExit`, at whose code 1 systemd does so.
-    """
+    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case."""
     directory = settings.model_dir / settings.model_id
     if is_complete(directory) and not compare:
         return directory
     os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
-    # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # in a log they would be 90,000 lines an hour
     try:
-        with FileLock(directory / ".lock"), bars:  # once, however many workers
+        with FileLock(directory / ".lock"), contextlib.redirect_stderr(bars):  # one worker at a time
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
             log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
@@ -173,7 +167,7 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
             (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
     except Exception as error:  # the client raises many kinds
-        kind = SystemExit if getattr(error, "retryable", False) else StartError
+        kind = SystemExit if getattr(error, "retryable", False) else StartError  # after the first, systemd tries again
         advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
         raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory
@@ -186,8 +180,7 @@ def verify(settings: Settings) -> str:
     if not sums.exists():
         find_checkpoint(settings, compare=True)  # after which those that differed are the hub's
     if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
-        names = ", ".join(wrong)
-        raise StartError(f"Changed or missing in {directory}: {names}. Verify again: delete what still differs.")
+        raise StartError(f"Wrong in {directory}: {', '.join(wrong)}. Verify again, and delete what is named then.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 

@@ -111,10 +111,9 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for the first variable that cannot be used."""
         known = [f"GME_{field}".upper() for field in cls.model_fields]
-        for name in os.environ:
-            if name.upper().startswith("GME_") and name.upper() not in known:
-                nearest = difflib.get_close_matches(name.upper(), known, cutoff=0)[0]
-                raise StartError(f"{name} is not a setting: the nearest is {nearest}.")
+        for name in map(str.upper, os.environ):  # as pydantic takes them
+            if name.startswith("GME_") and name not in known:
+                raise StartError(f"{name} is no setting: use {difflib.get_close_matches(name, known, cutoff=0)[0]}.")
         try:
             return cls()
         except ValidationError as error:

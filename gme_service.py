@@ -69,25 +69,23 @@ class ServiceError(Exception):
 
     status, example = 500, "A fault of the service: its log says more."
 
-
-class InputError(ServiceError):
-    status, example = 400, "The request has no input: send at least one."
-
-
-class KeyRefusedError(ServiceError):
-    status, example = 401, "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
+    def __init_subclass__(cls, status: int, example: str) -> None:
+        cls.status, cls.example = status, example
 
 
-class TooLargeError(ServiceError):
-    status, example = 413, "The request has more than 2048 inputs: send fewer."
+class InputError(ServiceError, status=400, example="The request has no input: send at least one."): ...
 
 
-class MalformedError(ServiceError):
-    status, example = 422, "prompt: Input should be a valid string."
+class KeyRefusedError(ServiceError, status=401, example="No valid API key: send `Authorization: Bearer <key>`."): ...
 
 
-class BusyError(ServiceError):
-    status, example = 503, "Too many inputs wait already: try again in a moment."
+class TooLargeError(ServiceError, status=413, example="The request has more than 2048 inputs: send fewer."): ...
+
+
+class MalformedError(ServiceError, status=422, example="prompt: Input should be a valid string."): ...
+
+
+class BusyError(ServiceError, status=503, example="Too many inputs wait already: try again in a moment."): ...
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings

@@ -14,14 +14,8 @@ from hub import serve_hub
 import gme_service as gme
 
 UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
-VALUES = [
-    ("MODEL_DIR", "~nosuchuser/models"),
-    ("DTYPE", "int8"),
-    ("MAX_IMAGE_PIXELS", "1e400"),
-    ("MAX_BODY_MB", "inf"),
-    ("CACHE_MB", "-1"),
-]
-VALUES += [("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769")]
+VALUES = [("MODEL_DIR", "~nosuchuser"), ("DTYPE", "int8"), ("MAX_IMAGE_PIXELS", "1e400"), ("MAX_BODY_MB", "inf")]
+VALUES += [("CACHE_MB", "-1"), *(("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769"))]
 
 
 @pytest.fixture
@@ -83,10 +77,7 @@ def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
 
 
 def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypatch: Patch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(torch, "ones", full)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):  # and not with the code that prevents a restart
         gme.choose_device("cpu", "auto")
 

@@ -116,8 +116,7 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
             return cls()
         except ValidationError as error:
             fault = error.errors()[0]
-            variable = f"GME_{fault['loc'][0]}".upper()
-            raise StartError(f"{variable}={fault['input']} cannot be used: {fault['msg']}.") from None
+            raise StartError(f"GME_{str(fault['loc'][0]).upper()} cannot be used: {fault['msg']}.") from None
         except RuntimeError as error:
             raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
 

@@ -43,8 +43,7 @@ def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
 @pytest.mark.parametrize(("name", "text"), VALUES)
 def test_a_value_that_cannot_be_used_is_named(environment: Patch, name: str, text: str) -> None:
     environment.setenv(f"GME_{name}", text)
-    sentence = refusal()
-    assert f"GME_{name}{'' if name == 'MODEL_DIR' else f'={text}'} " in sentence
+    assert refusal().startswith(f"GME_{name} ")
 
 
 @pytest.mark.parametrize("name", ["GME_APIKEY", "gme_apikey"])
@@ -65,7 +64,7 @@ def test_a_bad_setting_ends_uvicorn_with_a_sentence_and_a_code_of_its_own() -> N
     end = run(*UVICORN, GME_MAX_LENGTH="long")
     assert (end.returncode, end.stdout) == (78, "")  # with which the systemd unit is not started again
     assert len(end.stderr.splitlines()) == 1
-    assert end.stderr.startswith("GME_MAX_LENGTH=long")
+    assert end.stderr.startswith("GME_MAX_LENGTH ")
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu, please", "meta"])

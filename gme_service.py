@@ -16,7 +16,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -44,7 +43,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import safe_open
@@ -70,32 +69,28 @@ class ServiceError(Exception):
 
     status, example = 500, "A fault of the service: its log says more."
 
-
-class InputError(ServiceError):
-    status, example = 400, "The request has no input: send at least one."
-
-
-class KeyRefusedError(ServiceError):
-    status, example = 401, "The API key is missing or wrong: send it in the header `Authorization: Bearer <key>`."
+    def __init_subclass__(cls, status: int, example: str) -> None:
+        cls.status, cls.example = status, example
 
 
-class TooLargeError(ServiceError):
-    status, example = 413, "The request has more than 2048 inputs: send fewer."
+class InputError(ServiceError, status=400, example="The request has no input: send at least one."): ...
 
 
-class MalformedError(ServiceError):
-    status, example = 422, "prompt: Input should be a valid string."
+class KeyRefusedError(ServiceError, status=401, example="No valid API key: send `Authorization: Bearer <key>`."): ...
 
 
-class BusyError(ServiceError):
-    status, example = 503, "Too many inputs wait already: try again in a moment."
+class TooLargeError(ServiceError, status=413, example="The request has more than 2048 inputs: send fewer."): ...
+
+
+class MalformedError(ServiceError, status=422, example="prompt: Input should be a valid string."): ...
+
+
+class BusyError(ServiceError, status=503, example="Too many inputs wait already: try again in a moment."): ...
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
-class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
-    """The environment variables `GME_*`; README.md has the table."""
-
-    model_dir: Path = Path("~/gme_models")
+class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):  # see README.md
+    model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/gme_models")
     model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
     model_revision: str | None = None
     device: str = "auto"
@@ -112,29 +107,21 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
 
     @classmethod
     def load(cls) -> "Settings":
-        """Read the environment. Raises `StartError` with a sentence for each variable that cannot be used."""
-        known, faults = [f"GME_{name.upper()}" for name in cls.model_fields], []
-        for name in os.environ:
-            if name.upper().startswith("GME_") and name.upper() not in known:
-                (nearest,) = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
-                faults.append(f"{name} is not a setting: the nearest is {nearest}.")
+        """Read the environment. Raises `StartError` with a sentence for the first variable that cannot be used."""
+        known = [f"GME_{field}".upper() for field in cls.model_fields]
+        for name in map(str.upper, os.environ):  # as pydantic takes them
+            if name.startswith("GME_") and name not in known:
+                raise StartError(f"{name} is no setting: use {difflib.get_close_matches(name, known, cutoff=0)[0]}.")
         try:
-            settings = cls()
-            settings.model_dir = settings.model_dir.expanduser()
+            return cls()
         except ValidationError as error:
-            named = [(f"GME_{fault['loc'][0]}".upper(), fault) for fault in error.errors()]
-            faults += [f"{name}={fault['input']} cannot be used: {fault['msg']}." for name, fault in named]
+            fault = error.errors()[0]
+            raise StartError(f"GME_{str(fault['loc'][0]).upper()} cannot be used: {fault['msg']}.") from None
         except RuntimeError as error:
-            faults.append(f"GME_MODEL_DIR={settings.model_dir} cannot be used: {error} Give an absolute path.")
-        if faults:
-            raise StartError("\n".join(faults))
-        return settings
+            raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
-SUMS = "SHA256SUMS"
-
-
 def weight_files(directory: Path) -> set[Path]:
     index = directory / "model.safetensors.index.json"
     shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
@@ -158,53 +145,38 @@ def file_sums(directory: Path) -> set[str]:
 
 
 def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
-    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case.
-
-    Raises `StartError` when the hub or the disk refuses, and else `SystemExit`, whose code 1 makes systemd try again.
-    """
+    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case."""
     directory = settings.model_dir / settings.model_id
     if is_complete(directory) and not compare:
         return directory
     os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
-    # In a terminal the client draws progress bars; in a log they would be 90,000 lines an hour.
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # in a log they would be 90,000 lines an hour
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory.parent / f".{directory.name}.lock"), bars:  # once, however many workers
-            if is_complete(directory) and (directory / SUMS).exists():
-                return directory
+        with FileLock(directory / ".lock"), contextlib.redirect_stderr(bars):  # one worker at a time
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
             log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            (directory / SUMS).write_text("\n".join(sorted(file_sums(directory))))
-    except Exception as error:  # the client raises many kinds; only a refusal has the hub's response
-        refused = getattr(error, "response", None) is not None or getattr(error, "errno", None)
-        raise (StartError if refused else SystemExit)(
-            f"Downloading {settings.model_id} into {directory} failed ({' '.join(str(error).split())}). Start again to"
-            " go on where it ended, or put the files there by hand, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT."
-        ) from None
+            (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
+    except Exception as error:  # the client raises many kinds
+        kind = SystemExit if getattr(error, "retryable", False) else StartError  # after the first, systemd tries again
+        advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
+        raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory
 
 
 def verify(settings: Settings) -> str:
-    """Compare the checkpoint with the sums noted after its download; where there are none, with the hub's files.
-
-    Raises `StartError` with the names of those that differ; the hub's have taken their place where it was asked.
-    """
+    """Compare the files with the sums noted after their download. Raises `StartError` with those that differ."""
     directory = settings.model_dir / settings.model_id
-    found, sums, advice = file_sums(directory), directory / SUMS, "delete them, and start again"
-    if not found:
-        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
+    sums, found = directory / "SHA256SUMS", file_sums(directory)
     if not sums.exists():
-        find_checkpoint(settings, compare=True)
-        advice = "the hub's have taken their place"
+        find_checkpoint(settings, compare=True)  # after which those that differed are the hub's
     if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
-        raise StartError(f"Changed or missing in {directory}: {', '.join(wrong)}; {advice}.")
+        raise StartError(f"Wrong in {directory}: {', '.join(wrong)}. Verify again, and delete what is named then.")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
@@ -1059,7 +1031,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 # --------------------------------------------------------------------------------------------------------- 7. app
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
-    started, settings = time.perf_counter(), Settings.load()
+    settings = Settings.load()
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
@@ -1070,13 +1042,9 @@ def build() -> FastAPI:
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # uvicorn raises the signal again when its graceful shutdown is done: this is what it meets
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
     key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
-    log.info(
-        f"GME Service {__version__}: {settings.model_id} on {device} in {model.dtype}, {model.dimension} dimensions,"
-        f" loaded in {time.perf_counter() - started:.1f} s from {directory}; {key}."
-    )
+    log.info(f"GME Service {__version__}: {settings.model_id} on {device} in {dtype} from {directory}; {key}.")
     return create_app(settings, batcher, model)
 
 
@@ -1092,5 +1060,4 @@ try:
         os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
 except StartError as error:
     print(error, file=sys.stderr)
-    # uvicorn starts a worker again and again unless it ends with 3; 78 is EX_CONFIG of sysexits.h
-    sys.exit(3 if multiprocessing.parent_process() else 78)
+    sys.exit(78)  # EX_CONFIG of sysexits.h, at which systemd does not start it again

@@ -32,10 +32,6 @@ class Hub:
         self.stalls: dict[str, Stall] = {}
         self.url = ""
 
-    def stall(self, file: str, at: int) -> Stall:
-        self.stalls[file] = Stall(at)
-        return self.stalls[file]
-
     def fetched(self) -> list[str]:
         return [file for file, _ in self.fetches]
 

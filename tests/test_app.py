@@ -1,7 +1,6 @@
 """Room app: the command line, when the port opens, what the log says, and how the service ends."""
 
 import io
-import re
 import resource
 import signal
 import socket
@@ -57,9 +56,8 @@ def test_the_port_opens_when_the_model_is_loaded_on_all_addresses_and_one_line_s
         assert process.wait(PATIENCE) == 0
     assert answer.status_code == 200
     (ours,) = lines
-    for words in (gme.__version__, " on cpu ", "float32", "128 dimensions", "no API key is needed", "GME_API_KEY"):
+    for words in (gme.__version__, " on cpu ", "float32", "no API key is needed", "GME_API_KEY"):
         assert words in ours
-    assert re.search(r" loaded in \d+\.\d s ", ours)
 
 
 def test_uploads_need_no_disk_and_neither_requests_nor_the_key_are_in_the_log(start: Start) -> None:
@@ -113,12 +111,3 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(start: Start) -> None:
         for answer in answers:
             assert len(answer.result(PATIENCE).json()["embeddings"]) == 40
     assert server.process.wait(PATIENCE) == 0
-
-
-def test_sigterm_does_not_wait_for_ever_for_a_body_that_does_not_come(start: Start) -> None:
-    server = start("--timeout-graceful-shutdown", "1")
-    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port), PATIENCE) as slow:
-        slow.sendall(b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n{")
-        httpx.get(f"{server.url}/health")  # an answer, so that the slow one has arrived
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE) == 0

@@ -1,13 +1,11 @@
 """Room Checkpoint: the real ModelScope client against a hub on loopback, and files that changed on the disk."""
 
-import contextlib
+import io
 import os
-import pty
 import re
 import shutil
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TOY, Patch, Start, free_port, golden, run
-from hub import Hub, serve_hub
+from hub import Hub, Stall, serve_hub
 
 import gme_service as gme
 
@@ -25,10 +23,6 @@ PORT = free_port()  # of the hub of every test: in a process, the client keeps t
 CLOSED_PORT = "http://127.0.0.1:9"
 UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
 LOAD = ("-c", "import gme_service")  # what uvicorn does before it opens the port
-TELL_AT_LOCK = """import sys
-opened = lambda event, arguments: event == "open" and str(arguments[0]).endswith(".lock")
-sys.addaudithook(lambda *event: opened(*event) and print("at the lock", file=sys.stderr, flush=True))
-"""
 
 
 @pytest.fixture
@@ -90,7 +84,7 @@ def test_a_complete_checkpoint_needs_no_hub_no_client_and_no_write(by_hand: Path
 
 
 def test_a_download_that_was_killed_goes_on_where_it_ended(hub: Hub, checkpoint: Path) -> None:
-    stall = hub.stall(SHARDS[2], at=900_000)
+    stall = hub.stalls[SHARDS[2]] = Stall(at=900_000)
     part = checkpoint / f"{SHARDS[2]}.incomplete"
     with subprocess.Popen([sys.executable, *LOAD], cwd=ROOT, stderr=subprocess.DEVNULL) as killed:
         assert stall.reached.wait(60)
@@ -137,8 +131,9 @@ def test_a_shard_with_wrong_bytes_is_refused(hub: Hub, checkpoint: Path) -> None
     assert SHARDS[1] not in contents(checkpoint)
 
 
-def test_with_no_hub_and_no_files_a_sentence_says_what_to_do(checkpoint: Path) -> None:
-    end = run(*UVICORN, MODELSCOPE_ENDPOINT=CLOSED_PORT)
+@pytest.mark.parametrize("command", [UVICORN, ("gme_service.py", "--verify")])
+def test_with_no_hub_a_sentence_says_what_to_do(checkpoint: Path, command: tuple[str, ...]) -> None:
+    end = run(*command, MODELSCOPE_ENDPOINT=CLOSED_PORT)
     assert end.returncode == 1  # with which systemd starts it again
     assert "Traceback" not in end.stderr
     sentence = end.stderr.splitlines()[-1]
@@ -146,48 +141,18 @@ def test_with_no_hub_and_no_files_a_sentence_says_what_to_do(checkpoint: Path) -
         assert part in sentence
 
 
-def test_two_workers_that_start_together_download_once_and_both_serve(
-    hub: Hub, environment: dict[str, str], checkpoint: Path, start: Start, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(TELL_AT_LOCK)
-    log = tmp_path / "server-0.log"
-    stall = hub.stall(SHARDS[1], at=900_000)
-
-    def release() -> None:
-        assert stall.reached.wait(60)
-        while log.read_text().count("at the lock") < 2:
-            time.sleep(0.05)
-        stall.released.set()
-
-    with ThreadPoolExecutor(1) as thread:
-        released = thread.submit(release)
-        server = start("--workers", "2", PYTHONPATH=str(tmp_path))
-        released.result()
-    while log.read_text().count("loaded in") < 2:
-        assert server.process.poll() is None
-        time.sleep(0.05)
-    assert "died" not in log.read_text()  # uvicorn ends a worker that it believes to hang
-    assert hub.listings == 1
+def test_workers_that_start_together_download_once(hub: Hub, checkpoint: Path) -> None:
+    with ThreadPoolExecutor(2) as workers:
+        assert list(workers.map(gme.find_checkpoint, [gme.Settings.load()] * 2)) == [checkpoint] * 2
     assert sorted(hub.fetched()) == sorted(hub.files)
-    assert contents(checkpoint) == contents(TOY)
 
 
-def test_in_a_terminal_the_download_shows_how_far_it_is(hub: Hub, environment: dict[str, str]) -> None:
-    stall = hub.stall(SHARDS[1], at=900_000)
-    terminal, inner = pty.openpty()
-    termios.tcsetwinsize(inner, (24, 120))
-    variables = os.environ | {"TQDM_MININTERVAL": "0"}
-    process = subprocess.Popen([sys.executable, *LOAD], cwd=ROOT, env=variables, stderr=inner)
-    os.close(inner)
-    shown = ""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
-        while text := os.read(terminal, 65536).decode(errors="replace"):
-            shown += text
-            if re.search(rf"\r[^\r\n]*{SHARDS[1]}: +[1-9]\d?%\|", shown):
-                stall.released.set()
-    os.close(terminal)
-    assert process.wait(60) == 0
-    assert re.search(r"\rDownloading: 100%\|", shown)
+def test_in_a_terminal_the_download_shows_how_far_it_is(hub: Hub, checkpoint: Path, monkeypatch: Patch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert gme.find_checkpoint(gme.Settings.load()) == checkpoint
+    assert re.search(r"\rDownloading: 100%\|", terminal.getvalue())
 
 
 def zero(path: Path) -> None:
@@ -208,16 +173,11 @@ def test_after_a_download_a_changed_file_is_found_without_the_hub(hub: Hub, chec
     zero(checkpoint / SHARDS[1])
     assert gme.is_complete(checkpoint)  # so that it would be served
     end = run("gme_service.py", "--verify", MODELSCOPE_ENDPOINT=CLOSED_PORT)
-    assert end.returncode not in (0, None)
-    assert "Traceback" not in end.stderr
-    assert named(end.stderr) == [SHARDS[1]]
+    assert (end.returncode, len(end.stderr.splitlines()), named(end.stderr)) == (78, 1, [SHARDS[1]])
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(gme.StartError) as changed:
         gme.verify(settings)
     assert named(changed.value) == [SHARDS[1], "tokenizer.json"]
-    (checkpoint / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(gme.StartError, match="index"):
-        gme.verify(settings)
     assert hub.listings == 1  # for the download
 
 
@@ -246,12 +206,3 @@ def test_what_a_restart_does_not_mend_has_the_code_that_prevents_it(checkpoint: 
         with pytest.raises(gme.StartError) as stop:
             gme.find_checkpoint(gme.Settings.load())
         assert value in str(stop.value)
-
-
-def test_what_cannot_be_compared_is_said_in_a_sentence(checkpoint: Path) -> None:
-    for _ in ("no files", "no hub"):
-        end = run("gme_service.py", "--verify", MODELSCOPE_ENDPOINT=CLOSED_PORT)
-        assert end.returncode not in (0, None)
-        assert "Traceback" not in end.stderr
-        assert str(checkpoint) in end.stderr
-        shutil.copytree(TOY, checkpoint, dirs_exist_ok=True)

@@ -14,14 +14,8 @@ from hub import serve_hub
 import gme_service as gme
 
 UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
-VALUES = [
-    ("MODEL_DIR", "~nosuchuser/models"),
-    ("DTYPE", "int8"),
-    ("MAX_IMAGE_PIXELS", "1e400"),
-    ("MAX_BODY_MB", "inf"),
-    ("CACHE_MB", "-1"),
-]
-VALUES += [("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769")]
+VALUES = [("MODEL_DIR", "~nosuchuser"), ("DTYPE", "int8"), ("MAX_IMAGE_PIXELS", "1e400"), ("MAX_BODY_MB", "inf")]
+VALUES += [("CACHE_MB", "-1"), *(("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769"))]
 
 
 @pytest.fixture
@@ -32,11 +26,11 @@ def environment(monkeypatch: Patch) -> Patch:
     return monkeypatch
 
 
-def refusal() -> list[str]:
-    """The sentences with which the settings of the environment are refused, one a line."""
+def refusal() -> str:
+    """The sentence with which the settings of the environment are refused."""
     with pytest.raises(gme.StartError) as stop:
         gme.Settings.load()
-    return str(stop.value).splitlines()
+    return str(stop.value)
 
 
 def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
@@ -49,16 +43,14 @@ def test_an_empty_variable_leaves_the_default(environment: Patch) -> None:
 @pytest.mark.parametrize(("name", "text"), VALUES)
 def test_a_value_that_cannot_be_used_is_named(environment: Patch, name: str, text: str) -> None:
     environment.setenv(f"GME_{name}", text)
-    (sentence,) = refusal()
-    assert f"GME_{name}" in sentence
-    assert text in sentence
+    assert refusal().startswith(f"GME_{name} ")
 
 
 @pytest.mark.parametrize("name", ["GME_APIKEY", "gme_apikey"])
 def test_a_name_that_is_no_setting_is_refused_with_the_nearest(environment: Patch, name: str) -> None:
     environment.setenv(name, "secret")  # which would serve everybody, were it ignored
-    (sentence,) = refusal()
-    assert re.findall(r"(?i)GME_\w+", sentence) == [name, "GME_API_KEY"]
+    sentence = refusal()
+    assert re.findall(r"(?i)GME_\w+", sentence) == ["GME_APIKEY", "GME_API_KEY"]
     assert "secret" not in sentence
 
 
@@ -68,12 +60,11 @@ def test_a_key_is_stripped(environment: Patch, text: str, key: str) -> None:
     assert gme.Settings.load().api_key == key
 
 
-def test_bad_settings_end_uvicorn_with_a_sentence_each_and_a_code_of_their_own() -> None:
-    end = run(*UVICORN, GME_MAX_LENGTH="long", GME_APIKEY="secret")
-    assert end.returncode == 78  # with which the systemd unit is not started again
-    assert sorted(re.findall(r"^GME_\w+", end.stderr, re.MULTILINE)) == ["GME_APIKEY", "GME_MAX_LENGTH"]
-    assert len(end.stderr.splitlines()) == 2
-    assert end.stdout == ""
+def test_a_bad_setting_ends_uvicorn_with_a_sentence_and_a_code_of_its_own() -> None:
+    end = run(*UVICORN, GME_MAX_LENGTH="long")
+    assert (end.returncode, end.stdout) == (78, "")  # with which the systemd unit is not started again
+    assert len(end.stderr.splitlines()) == 1
+    assert end.stderr.startswith("GME_MAX_LENGTH ")
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "cpu, please", "meta"])
@@ -85,10 +76,7 @@ def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
 
 
 def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypatch: Patch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(torch, "ones", full)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):  # and not with the code that prevents a restart
         gme.choose_device("cpu", "auto")
 

@@ -209,7 +209,6 @@ def verify(settings: Settings) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
-
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
@@ -241,8 +240,7 @@ class Input:
     """One input as the model reads it."""
 
     token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # token ids of the prompt's part with the instruction
-    shared: int  # how many of the first token ids are those of `prefix`: at most length - 1
+    prefix: tuple[int, ...]  # the first of them, which it shares with others of its instruction: at most length - 1
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
@@ -251,7 +249,7 @@ class Input:
     @property
     def cost(self) -> int:
         """Tokens that the model computes for it."""
-        return len(self.token_ids) - self.shared
+        return len(self.token_ids) - len(self.prefix)
 
 
 class ImageFile(io.BytesIO):
@@ -285,8 +283,7 @@ class Preparer:
         # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        encode = self.tokenizer.encode
-        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(encode(SYSTEM_PART.format(text)).ids[:max_length]))
+        self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
         self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
@@ -300,10 +297,10 @@ class Preparer:
         return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix, start, grid, patches = self.prefix_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
+        system_ids, start, grid, patches = self.system_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
             pixels = self.read_image(source.image)
-            rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
+            rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
             if start + rows * columns > self.max_length:
                 sentence = f"The image's {rows * columns} tokens and the {start} before it are over {self.max_length}"
                 raise InputError(f"{sentence}: send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
@@ -312,12 +309,11 @@ class Preparer:
             grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
         TRUNCATED.inc(len(token_ids) > self.max_length)
         ids = token_ids[: self.max_length]
-        shared = min(len(prefix), len(ids) - 1)
-        while tuple(ids[:shared]) != prefix[:shared]:  # white space at the start of a text joins "user\n"
-            shared -= 1
-        digest = hashlib.sha256(repr((ids, start, grid)).encode())
-        digest.update(b"" if patches is None else patches.data)
-        return Input(np.array(ids, np.int64), prefix, shared, start, grid, patches, digest.digest())
+        prefix = ids[: min(len(system_ids), len(ids) - 1)]
+        while prefix != system_ids[: len(prefix)]:  # white space at the start of a text joins "user\n"
+            prefix.pop()
+        key = hashlib.sha256(repr((ids, start, grid)).encode() + (b"" if patches is None else patches.tobytes()))
+        return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
     def read_image(self, data: bytes) -> np.ndarray:
         """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
@@ -525,20 +521,20 @@ class Model:
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> Tensor:
         """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool."""
-        shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
-        rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
+        prefix = inputs[0].prefix
+        rows = [torch.from_numpy(one.token_ids[len(prefix) :]) for one in inputs]
         hidden = self.embedded(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D); none sees padding
         for row, one in enumerate(inputs):
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches).to(self.device), *one.grid)
-                hidden[row, one.image_start - shared :][: len(image)] = image
+                hidden[row, one.image_start - len(prefix) :][: len(image)] = image
         # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
-        states = (self.kept_states if len(prefix) <= 256 else self.prefix_states)(prefix) if shared else []
+        states = (self.kept_states if len(prefix) <= 256 else self.prefix_states)(prefix) if prefix else []
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        return functional.normalize(self.read(hidden, last, [one[:, :, :, :shared] for one in states])[0], dim=-1)
+        return functional.normalize(self.read(hidden, last, states)[0], dim=-1)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
+        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their prefix.
 
         Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
         """
@@ -558,8 +554,8 @@ class Model:
         by more than the dtype rounds: a library that changed must not mean wrong embeddings.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
-        inputs = [replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise), *texts[1:]]
-        alone = np.concatenate([self.embed([replace(one, shared=0)]) for one in inputs])
+        inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
+        alone = np.concatenate([self.embed([replace(one, prefix=())]) for one in inputs])
         distance = 1 - (self.embed(inputs) * alone).sum(1).min()
         self.stored.clear()  # all weights are read: this closes their files
         if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # of rounding alone
@@ -585,7 +581,6 @@ def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torc
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
-
 MAX_PADDING = 0.2  # of a batch's tokens
 AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
 PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))

@@ -51,14 +51,14 @@ def read(source: gme.Source, tell: Callable[[], None] | None = None) -> gme.Inpu
     data = source.image or b""
     prefix = [ord(character) for character in source.instruction]
     ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
-    one = gme.Input(ids, tuple(prefix), len(prefix), patches=np.array([*data], np.uint8) if data else None)
+    one = gme.Input(ids, tuple(prefix), patches=np.array([*data], np.uint8) if data else None)
     one.key = Key(ids.tobytes() + data)
     one.key.tell = tell
     return one
 
 
 def name_of(one: gme.Source | gme.Input) -> str:
-    written = one.text if isinstance(one, gme.Source) else "".join(map(chr, one.token_ids[one.shared :]))
+    written = one.text if isinstance(one, gme.Source) else "".join(map(chr, one.token_ids[len(one.prefix) :]))
     return written.strip("\0.")
 
 

@@ -34,8 +34,8 @@ short = gme.Preparer(TOY, 64, LIMIT)
 
 def prepared(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.Input:
     (result,) = preparer([source])
-    assert result.token_ids[: result.shared].tolist() == list(result.prefix[: result.shared])
-    assert result.cost == len(result.token_ids) - result.shared >= 1
+    assert result.token_ids[: len(result.prefix)].tolist() == list(result.prefix)
+    assert result.cost == len(result.token_ids) - len(result.prefix) >= 1
     return result
 
 
@@ -102,10 +102,9 @@ def test_leading_white_space_merges_with_the_newline_before_it_and_shares_less(t
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     merging = gme.Preparer(tmp_path, 1800, LIMIT)
     plain, merged = (prepared(gme.Source(text), merging) for text in ("lead", "\nlead"))
-    assert plain.prefix == merged.prefix
-    assert merged.shared == plain.shared - 1 == len(plain.prefix) - 1
-    assert merged.token_ids[merged.shared] == 999
-    assert prepared(gme.Source("\nlead", PHOTO), merging).shared == len(plain.prefix)  # the image is between them
+    assert merged.prefix == plain.prefix[:-1]
+    assert merged.token_ids[len(merged.prefix)] == 999
+    assert prepared(gme.Source("\nlead", PHOTO), merging).prefix == plain.prefix  # the image is between them
 
 
 # ------------------------------------------------------------------------------------------------------ truncation

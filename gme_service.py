@@ -299,11 +299,13 @@ class Preparer:
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
         system_ids, start, grid, patches = self.system_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
-            pixels = self.read_image(source.image)
+            pixels = self.read_image(source.name, source.image)
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
             if start + rows * columns > self.max_length:
-                sentence = f"The image's {rows * columns} tokens and the {start} before it are over {self.max_length}"
-                raise InputError(f"{sentence}: send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
+                counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it are over"
+                raise InputError(
+                    f"{counted} {self.max_length}: shorten the prompt, or raise the server's GME_MAX_LENGTH."
+                )
             token_ids[start : start + 1] = [token_ids[start]] * (rows * columns)
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
             grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
@@ -315,7 +317,7 @@ class Preparer:
         key = hashlib.sha256(repr((ids, start, grid)).encode() + (b"" if patches is None else patches.tobytes()))
         return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
-    def read_image(self, data: bytes) -> np.ndarray:
+    def read_image(self, name: str, data: bytes) -> np.ndarray:
         """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
@@ -344,11 +346,10 @@ class Preparer:
                 second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
                 return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
         except Image.DecompressionBombError:
-            sentence = f"The image has over {self.max_pixels} pixels, or {MAX_SIDE} on a side: scale it down."
-            raise TooLargeError(sentence) from None
+            most = f"{self.max_pixels} pixels, or {MAX_SIDE} on a side"
+            raise TooLargeError(f"{name}The image has over {most}: scale it down.") from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
-            log.debug("An image could not be decoded.", exc_info=True)
-        raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")
+            raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
@@ -536,7 +537,7 @@ class Model:
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their prefix.
 
-        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
+        Raises `TooLargeError` when they do not fit, and `SystemExit` when the device cannot go on.
         """
         try:
             return self.forward(inputs).cpu().numpy()
@@ -545,7 +546,7 @@ class Model:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise MemoryError("The batch does not fit into the device's memory.") from None
+            raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
 
     def check(self, texts: Sequence[Input]) -> None:
         """A probe: texts, the first with a small image, embedded together, and alone without the prefix cache.
@@ -598,34 +599,28 @@ class Waiting:
 
     order: int  # the lowest goes first
     arrived: float
-    name: str  # what its error begins with
     future: asyncio.Future[Embedding]
     item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
 
-    def answer(self, result: Embedding | ServiceError) -> None:
+    def answer(self, result: Embedding | BaseException) -> None:
         with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
-            if isinstance(result, ServiceError):
-                self.future.set_exception(type(result)(f"{self.name}{result}"))
+            if isinstance(result, BaseException):
+                self.future.set_exception(result)
             else:
                 self.future.set_result(result)
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
-    """`function(items)`; where it raises, halves the items until those it raises for have an error as result."""
+    """`function(items)`; where it raises, halves the items until those it raises for have the error as result."""
     try:
         return list(function(items))
     except SystemExit:
         raise
-    except ServiceError as refusal:
-        error = refusal
-    except MemoryError:
-        error = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
-    except BaseException as fault:  # a panic of the tokenizers library is no Exception
-        error = ServiceError("This input could not be embedded, through a fault of the service: its log says more.")
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         if len(items) == 1:
-            log.error("An input could not be embedded.", exc_info=fault)
-    half = len(items) // 2
-    return isolate(function, items[:half]) + isolate(function, items[half:]) if half else [error]
+            return [error]
+    half = len(items) // 2  # by now the memory of the failed try is free
+    return isolate(function, items[:half]) + isolate(function, items[half:])
 
 
 @dataclass
@@ -659,7 +654,7 @@ class Batcher:
         futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
         for order, (source, future) in enumerate(shortest_first, self.clock):
-            self.waiting.append(Waiting(order, time.perf_counter(), source.name, future, source))
+            self.waiting.append(Waiting(order, time.perf_counter(), future, source))
         self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
         self.notify()
         try:
@@ -696,7 +691,7 @@ class Batcher:
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
             for (one, _), item in zip(chunk, prepared, strict=True):
-                if isinstance(item, ServiceError):
+                if isinstance(item, BaseException):
                     one.answer(item)
                 elif item.key in self.cache:
                     CACHE_HITS.inc()
@@ -732,11 +727,10 @@ class Batcher:
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            answers: dict[bytes, Embedding | ServiceError] = {}
+            answers: dict[bytes, Embedding | BaseException] = {}
             for one, result in zip(batch, results, strict=True):
                 if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-                    result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
-                    log.error(str(result))
+                    result = ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
                 if isinstance(result, np.ndarray):  # a row of it would keep its whole batch in memory
                     result = self.cache[one.key] = result.copy(), len(one.token_ids)
                 answers[one.key] = result

@@ -26,12 +26,12 @@ PATIENCE = 10  # seconds after which a thread or a test that hangs gives up
 
 def text(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
     """A text that costs `length` tokens."""
-    return gme.Source(name.ljust(length, "."), None, instruction, f"{name}: ")
+    return gme.Source(name.ljust(length, "."), None, instruction)
 
 
 def image(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
     """An image with a text, `length` tokens together."""
-    return gme.Source(name, b"\1" * (length - len(name)), instruction, f"{name}: ")
+    return gme.Source(name, b"\1" * (length - len(name)), instruction)
 
 
 class Key(bytes):
@@ -111,7 +111,7 @@ class Rig:
             self.loop.call_soon_threadsafe(self.changed.set)
             assert gate.wait(PATIENCE)
         if len(inputs) > self.room:
-            raise MemoryError
+            raise gme.TooLargeError("it does not fit")
         vectors = np.array([identity(one) for one in inputs])
         for vector, fault in zip(vectors, map(self.model_faults.get, names), strict=True):
             if isinstance(fault, BaseException):
@@ -188,8 +188,6 @@ class Rig:
                 inputs = [read(source) for source in sources]
                 np.testing.assert_array_equal(answer[0], [identity(one) for one in inputs])
                 assert answer[1] == sum(len(one.token_ids) for one in inputs)
-            else:
-                assert isinstance(answer, gme.ServiceError | asyncio.CancelledError)
         assert len(self.batcher.waiting) == 0
         assert self.unlawful == []
 
@@ -215,12 +213,6 @@ async def make() -> AsyncIterator[Make]:
 @pytest.fixture
 async def rig(make: Make) -> Rig:
     return await make()
-
-
-async def error_of(task: Task) -> gme.ServiceError:
-    with pytest.raises(gme.ServiceError) as caught:
-        await task
-    return caught.value
 
 
 # ------------------------------------------------------------------------------------------------- batches and fairness
@@ -373,9 +365,11 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
     rig.model_faults["bad"] = RuntimeError("boom")
     async with rig.held():
         gone = await rig.submit(text("a"), text("bad"))
-        assert isinstance(await error_of(await rig.submit(text("c"), text("d"))), gme.BusyError)
+        with pytest.raises(gme.BusyError):
+            await (await rig.submit(text("c"), text("d")))
         last = await rig.submit(text("c"))
-        assert isinstance(await error_of(await rig.submit(text("d"))), gme.BusyError)
+        with pytest.raises(gme.BusyError):
+            await (await rig.submit(text("d")))
         await rig.cancel(gone)
         await rig.submit(text("d"), text("bad"))
         assert len(rig.batcher.waiting) == 4
@@ -388,33 +382,24 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (gme.InputError("it is bad"), gme.InputError),
-        (MemoryError(), gme.TooLargeError),
-        (BaseException("a panic of the tokenizer's"), gme.ServiceError),
-    ],
+    "fault", [gme.InputError("it is bad"), RuntimeError("boom"), BaseException("a panic of the tokenizer's")]
 )
-async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once_with_its_position(
-    rig: Rig, fault: BaseException, kind: type[gme.ServiceError]
-) -> None:
+async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once(rig: Rig, fault: BaseException) -> None:
     rig.prepare_faults["bad"] = fault
     for _ in range(10):  # more often than there are threads
         async with rig.held():
             await rig.submit(text("a"))
-            error = await error_of(await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
+            with pytest.raises(type(fault)) as caught:
+                await (await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
             await rig.submit(text("d"))
             assert len(rig.batcher.waiting) == 3
-        assert (type(error), str(error)[:5]) == (kind, "bad: ")
+        assert caught.value is fault
     assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [(MemoryError(), gme.TooLargeError), (RuntimeError("boom"), gme.ServiceError), (float("nan"), gme.ServiceError)],
-)
+@pytest.mark.parametrize("fault", [gme.TooLargeError("it does not fit"), RuntimeError("boom"), float("nan")])
 async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembered(
-    make: Make, caplog: pytest.LogCaptureFixture, fault: BaseException | float, kind: type[Exception]
+    make: Make, fault: BaseException | float
 ) -> None:
     rig = await make(cache_entries=100)
     rig.model_faults["bad"] = fault
@@ -423,10 +408,9 @@ async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembere
         bad = [await rig.submit_ready(text("c"), text("bad")), await rig.submit_ready(text("bad"))]
         others += [await rig.submit_ready(text(name)) for name in "de"]
     await asyncio.gather(*others)
-    errors = [await error_of(task) for task in bad]
-    assert [(type(error), str(error)[:5]) for error in errors] == [(kind, "bad: ")] * 2
-    if isinstance(fault, RuntimeError):
-        assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [fault]  # logged once
+    for task in bad:
+        with pytest.raises(ArithmeticError if isinstance(fault, float) else type(fault)):
+            await task
     del rig.model_faults["bad"]
     await (await rig.submit(text("bad")))
 
@@ -440,7 +424,7 @@ async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed:
     rig = await make(max_tokens=120, cache_entries=20, max_queue=250)
     rig.room = 5 if seed % 2 else 100
     rig.prepare_faults = {"bad": gme.InputError("it is bad"), "worse": RuntimeError("in preparing")}
-    rig.model_faults = {"poison": RuntimeError("in the model"), "huge": MemoryError(), "nan": float("nan")}
+    rig.model_faults = {"poison": RuntimeError("in the model"), "huge": gme.TooLargeError("it is"), "nan": float("nan")}
     faults = [*rig.prepare_faults, *rig.model_faults]
 
     async def client(chance: random.Random) -> None:
@@ -463,4 +447,4 @@ async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed:
         ends["cancelled" if task.cancelled() else type(error).__name__] += 1
         failing = {name_of(source) for source in sources} & set(faults)
         assert task.cancelled() or isinstance(error, gme.BusyError) or bool(error) == bool(failing)
-    assert min(ends["cancelled"], ends["NoneType"], ends["ServiceError"] + ends["InputError"]) > 0, ends
+    assert min(ends["cancelled"], ends["NoneType"], ends["RuntimeError"], ends["InputError"]) > 0, ends

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,8 @@ def prepared(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.Input:
 
 def refused(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.ServiceError:
     with pytest.raises((gme.InputError, gme.TooLargeError)) as caught:
-        preparer([source])
+        preparer([replace(source, name="Input 7: ")])
+    assert str(caught.value).startswith("Input 7: The image")
     return caught.value
 
 

@@ -240,8 +240,8 @@ def test_on_cuda_no_operation_mixes_devices() -> None:
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError),
-        (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), MemoryError),  # which no CPU has
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), gme.TooLargeError),
+        (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), gme.TooLargeError),  # which no CPU has
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), SystemExit),
         (RuntimeError("The size of tensor a must match"), RuntimeError),
     ],

@@ -582,7 +582,6 @@ def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torc
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
-MAX_PADDING = 0.2  # of a batch's tokens
 AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
 PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
@@ -590,7 +589,6 @@ QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
-Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
 
 
 @dataclass(slots=True)
@@ -599,15 +597,15 @@ class Waiting:
 
     order: int  # the lowest goes first
     arrived: float
-    future: asyncio.Future[Embedding]
+    future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
     item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
 
-    def answer(self, result: Embedding | BaseException) -> None:
+    def answer(self, result: np.ndarray | BaseException) -> None:
         with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
             if isinstance(result, BaseException):
                 self.future.set_exception(result)
-            else:
-                self.future.set_result(result)
+            elif isinstance(self.item, Input):
+                self.future.set_result((result, len(self.item.token_ids)))
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
@@ -641,25 +639,25 @@ class Batcher:
     cache_entries: int = 0
     clock: int = 0  # how far the queue has got: where the numbers of a new request start
     waiting: list[Waiting] = field(default_factory=list)  # in order
-    cache: OrderedDict[bytes, Embedding] = field(default_factory=OrderedDict)  # by key of the input
+    cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # by key of the input
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
-        """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
-
-        Raises the `ServiceError` of an input that has one, and `BusyError`. When cancelled, drops what still waits.
-        """
+        """A request's embeddings (len(sources), dimension), float32, and number of tokens. Raises `ServiceError`."""
         if len(self.waiting) + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
-        futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
+        futures: list[asyncio.Future[tuple[np.ndarray, int]]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
         for order, (source, future) in enumerate(shortest_first, self.clock):
             self.waiting.append(Waiting(order, time.perf_counter(), future, source))
         self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
         self.notify()
         try:
-            embeddings = await asyncio.gather(*futures)
-            return np.array([embedding for embedding, _ in embeddings]), sum(tokens for _, tokens in embeddings)
+            answers = await asyncio.gather(*futures)
+            embeddings = np.array([embedding for embedding, _ in answers])
+            if not np.isfinite(embeddings).all():
+                raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
+            return embeddings, sum(tokens for _, tokens in answers)
         finally:
             for future in futures:
                 future.cancel()
@@ -690,15 +688,15 @@ class Batcher:
             while not (chunk := self.take_chunk()):
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
-            for (one, _), item in zip(chunk, prepared, strict=True):
-                if isinstance(item, BaseException):
-                    one.answer(item)
-                elif item.key in self.cache:
+            for (one, _), result in zip(chunk, prepared, strict=True):
+                if isinstance(result, BaseException):
+                    one.answer(result)
+                    continue
+                one.item = result
+                if result.key in self.cache:
                     CACHE_HITS.inc()
-                    self.cache.move_to_end(item.key)
-                    one.answer(self.cache[item.key])
-                else:
-                    one.item = item
+                    self.cache.move_to_end(result.key)
+                    one.answer(self.cache[result.key])
             self.notify()
 
     def take_chunk(self) -> list[tuple[Waiting, Source]]:
@@ -727,28 +725,22 @@ class Batcher:
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            answers: dict[bytes, Embedding | BaseException] = {}
-            for one, result in zip(batch, results, strict=True):
-                if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-                    result = ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
-                if isinstance(result, np.ndarray):  # a row of it would keep its whole batch in memory
-                    result = self.cache[one.key] = result.copy(), len(one.token_ids)
-                answers[one.key] = result
-            for waiting in self.waiting:
-                if isinstance(waiting.item, Input) and waiting.item.key in answers:
-                    QUEUE_SECONDS.observe(max(0, started - waiting.arrived))
-                    waiting.answer(answers[waiting.item.key])
+            answers: dict[bytes, np.ndarray | BaseException]
+            answers = dict(zip((one.key for one in batch), results, strict=True))
+            for one in self.waiting:
+                if isinstance(one.item, Input) and one.item.key in answers:
+                    QUEUE_SECONDS.observe(max(0, started - one.arrived))
+                    one.answer(answers[one.item.key])
+            # Copies, as a row would keep its whole batch in memory.
+            self.cache |= {key: one.copy() for key, one in answers.items() if isinstance(one, np.ndarray)}
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The first that is ready, and those nearest to it in length that make a batch with at most MAX_PADDING.
-
-        Candidates share its instruction, and are the first in order that fit into a batch's tokens. Equal ones are one.
-        """
-        ready = list({one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}.values())
-        alike = [one for one in ready if one.prefix == ready[0].prefix]
+        """The first, of those ready, and the nearest in length, with a fifth of padding at most. Equal ones are one."""
+        ready = [one.item for one in self.waiting if isinstance(one.item, Input) and not one.future.done()]
+        alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())
         sums = itertools.accumulate(one.cost for one in alike)
         fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
         fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
@@ -756,7 +748,7 @@ class Batcher:
         for count, one in enumerate(fitting, start=1):
             num_tokens, longest = num_tokens + one.cost, max(longest, one.cost)
             num_padded = count * longest
-            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded):
+            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= 0.8 * num_padded):
                 size = count
         return fitting[:size]
 

@@ -411,8 +411,9 @@ async def test_an_input_that_the_model_fails_on_fails_alone_and_is_not_remembere
     for task in bad:
         with pytest.raises(ArithmeticError if isinstance(fault, float) else type(fault)):
             await task
-    del rig.model_faults["bad"]
-    await (await rig.submit(text("bad")))
+    if not isinstance(fault, float):  # which is the model's answer, as often as it is asked
+        del rig.model_faults["bad"]
+        await (await rig.submit(text("bad")))
 
 
 # ------------------------------------------------------------------------------------------------------------ at length

@@ -22,6 +22,7 @@ import platform
 import re
 import secrets
 import signal
+import struct
 import sys
 import threading
 import time
@@ -322,9 +323,8 @@ class Preparer:
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
                 raise ValueError("The JPEG has more parts than a photo.")
-            if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
-                data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
-            file = ImageFile(data)
+            # Of an AVIF, Pillow would read all EXIF at once; its irot and imir boxes say how to turn it.
+            file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data))
             file.deadline = time.thread_time() + 1  # to open it; more for its pixels
             with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
                 pixels = image.width * image.height
@@ -337,8 +337,8 @@ class Preparer:
                 image.load()  # a PNG may have its EXIF behind the pixels
                 if len(image.info.get("exif", b"")) > 1 << 16:  # a segment's most; Pillow makes up to 32 times as much
                     raise ValueError("The EXIF data are too large.")
-                with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
-                    ImageOps.exif_transpose(image, in_place=True)
+                with contextlib.suppress(AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error):
+                    ImageOps.exif_transpose(image, in_place=True)  # odd EXIF may raise any of them, and breaks no image
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
                 # The two resizes of the authors' code: their own, then that of the published image processor.
                 width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
@@ -627,9 +627,8 @@ class Batcher:
 
     The policy is start-time fair queueing. A request's inputs, shortest first, are numbered from where the queue has
     got to; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
-    under way and its own, and a bulk job keeps a place in every batch.
-
-    The event loop owns all state. Threads run `prepare` and `compute`, and nothing else.
+    under way and its own, and a bulk job keeps a place in every batch. The event loop owns all state: threads run
+    `prepare` and `compute`, and nothing else.
     """
 
     prepare: Callable[[Sequence[Source]], Iterable[Input]]
@@ -637,7 +636,7 @@ class Batcher:
     max_tokens: int  # of a batch
     max_queue: int = 16384
     cache_entries: int = 0
-    clock: int = 0  # how far the queue has got: where the numbers of a new request start
+    clock: int = 0  # where the numbers of a new request start: the lowest without an answer, or 1 more a batch
     waiting: list[Waiting] = field(default_factory=list)  # in order
     cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # by key of the input
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -719,7 +718,6 @@ class Batcher:
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
-            # New requests are numbered from the lowest order that had no answer, or 1 higher than before this batch.
             self.clock = max(self.clock + 1, self.waiting[0].order)
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()

@@ -231,8 +231,7 @@ class Source:
     name: str = ""  # what an error begins with
 
     @property
-    def weight(self) -> int:
-        """What it costs to prepare, in characters of text."""
+    def weight(self) -> int:  # what it costs to prepare, in characters of text
         return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
 
 
@@ -248,8 +247,7 @@ class Input:
     key: bytes = b""  # a digest of all that the embedding depends on
 
     @property
-    def cost(self) -> int:
-        """Tokens that the model computes for it."""
+    def cost(self) -> int:  # tokens that the model computes for it
         return len(self.token_ids) - len(self.prefix)
 
 
@@ -638,7 +636,7 @@ class Batcher:
     cache_entries: int = 0
     clock: int = 0  # where the numbers of a new request start: the lowest without an answer, or 1 more a batch
     waiting: list[Waiting] = field(default_factory=list)  # in order
-    cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # by key of the input
+    cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # copies: a row would keep its batch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
@@ -688,11 +686,10 @@ class Batcher:
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
             for (one, _), result in zip(chunk, prepared, strict=True):
+                one.item = result
                 if isinstance(result, BaseException):
                     one.answer(result)
-                    continue
-                one.item = result
-                if result.key in self.cache:
+                elif result.key in self.cache:
                     CACHE_HITS.inc()
                     self.cache.move_to_end(result.key)
                     one.answer(self.cache[result.key])
@@ -723,13 +720,11 @@ class Batcher:
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            answers: dict[bytes, np.ndarray | BaseException]
             answers = dict(zip((one.key for one in batch), results, strict=True))
             for one in self.waiting:
                 if isinstance(one.item, Input) and one.item.key in answers:
                     QUEUE_SECONDS.observe(max(0, started - one.arrived))
                     one.answer(answers[one.item.key])
-            # Copies, as a row would keep its whole batch in memory.
             self.cache |= {key: one.copy() for key, one in answers.items() if isinstance(one, np.ndarray)}
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)

@@ -113,12 +113,3 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(start: Start) -> None:
         for answer in answers:
             assert len(answer.result(PATIENCE).json()["embeddings"]) == 40
     assert server.process.wait(PATIENCE) == 0
-
-
-def test_sigterm_does_not_wait_for_ever_for_a_body_that_does_not_come(start: Start) -> None:
-    server = start("--timeout-graceful-shutdown", "1")
-    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port), PATIENCE) as slow:
-        slow.sendall(b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n{")
-        httpx.get(f"{server.url}/health")  # an answer, so that the slow one has arrived
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE) == 0

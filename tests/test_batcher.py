@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import gc
 import hashlib
 import itertools
@@ -33,27 +32,13 @@ def image(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
     return gme.Source(name, b"\1" * (length - len(name)), instruction)
 
 
-class Key(bytes):
-    """Tells when it is first looked up, which is when the batcher takes up the input that has been prepared."""
-
-    tell: Callable[[], None] | None = None
-
-    def __hash__(self) -> int:
-        tell, self.tell = self.tell, None
-        if tell:
-            tell()
-        return super().__hash__()
-
-
-def read(source: gme.Source, tell: Callable[[], None] | None = None) -> gme.Input:
+def read(source: gme.Source) -> gme.Input:
     """One token for each character and byte; the instruction is the part that the model has already."""
     data = source.image or b""
     prefix = [ord(character) for character in source.instruction]
     ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
-    one = gme.Input(ids, tuple(prefix), patches=np.array([*data], np.uint8) if data else None)
-    one.key = Key(ids.tobytes() + data)
-    one.key.tell = tell
-    return one
+    patches = np.array([*data], np.uint8) if data else None
+    return gme.Input(ids, tuple(prefix), patches=patches, key=ids.tobytes() + data)
 
 
 def name_of(one: gme.Source | gme.Input) -> str:
@@ -70,9 +55,7 @@ class Rig:
     """A batcher over `prepare` and `embed` below, which a test can stop and let fail; `check` ends every test."""
 
     def __init__(self, max_tokens: int = 1000, max_queue: int = 16384, cache_entries: int = 0) -> None:
-        self.loop, self.changed = asyncio.get_running_loop(), asyncio.Event()
         self.prepared: list[str] = []  # names, in the order in which they were prepared
-        self.ready = Counter[str]()  # names, when they are ready for the model
         self.batches: list[list[str]] = []  # names, as the model got them
         self.whole = set[str]()  # the last batch that was no half of the one before it
         self.unlawful: list[list[str]] = []  # batches against the rules
@@ -89,12 +72,11 @@ class Rig:
         results: list[gme.Input] = []
         for name, source in zip(map(name_of, sources), sources, strict=True):
             self.prepared.append(name)
-            self.loop.call_soon_threadsafe(self.changed.set)
             if name == self.slow:
                 assert self.may_go.wait(PATIENCE)
             if fault := self.prepare_faults.get(name):
                 raise fault
-            results.append(read(source, functools.partial(self.note_ready, name)))
+            results.append(read(source))
         return results
 
     def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:
@@ -107,7 +89,6 @@ class Rig:
                 self.unlawful.append(names)
         if not gate.is_set():
             self.busy = True
-            self.loop.call_soon_threadsafe(self.changed.set)
             assert gate.wait(PATIENCE)
         if len(inputs) > self.room:
             raise gme.TooLargeError("it does not fit")
@@ -119,15 +100,14 @@ class Rig:
                 vector[1] = fault
         return vectors
 
-    def note_ready(self, name: str) -> None:
-        self.ready[name] += 1
-        self.changed.set()
+    def ready(self) -> Counter[str]:
+        """Names that are ready for the model, or with it."""
+        return Counter(name_of(one.item) for one in self.batcher.waiting if isinstance(one.item, gme.Input))
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
             while not condition():
-                self.changed.clear()
-                await self.changed.wait()
+                await asyncio.sleep(0.001)
 
     async def submit(self, *sources: gme.Source) -> Task:
         """A request that is in the queue, or refused, when this returns."""
@@ -138,9 +118,9 @@ class Rig:
 
     async def submit_ready(self, *sources: gme.Source) -> Task:
         """A request of which all is ready for the model when this returns."""
-        expected = self.ready + Counter(map(name_of, sources))
+        expected = self.ready() + Counter(map(name_of, sources))
         task = await self.submit(*sources)
-        await self.until(lambda: self.ready >= expected)
+        await self.until(lambda: self.ready() >= expected)
         return task
 
     async def cancel(self, *tasks: Task) -> None:
@@ -335,10 +315,10 @@ async def test_preparing_stays_a_few_batches_ahead_and_what_is_cancelled_makes_r
     rig = await make(max_tokens=10)
     async with rig.held():
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
-        await rig.until(lambda: len(rig.prepared) == rig.ready.total() > gme.AHEAD_BATCHES)
+        await rig.until(lambda: len(rig.prepared) == rig.ready().total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
         assert len(rig.batcher.waiting) == 2
-        await rig.until(lambda: rig.ready["99"])
+        await rig.until(lambda: rig.ready()["99"])
     await stays
     assert rig.batches == [["plug"], ["99"]]
     assert len(rig.prepared) < 20

@@ -21,6 +21,7 @@ import platform
 import re
 import secrets
 import signal
+import struct
 import sys
 import threading
 import time
@@ -181,7 +182,6 @@ def verify(settings: Settings) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
-
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
@@ -203,8 +203,7 @@ class Source:
     name: str = ""  # what an error begins with
 
     @property
-    def weight(self) -> int:
-        """What it costs to prepare, in characters of text."""
+    def weight(self) -> int:  # what it costs to prepare, in characters of text
         return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
 
 
@@ -213,17 +212,15 @@ class Input:
     """One input as the model reads it."""
 
     token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # token ids of the prompt's part with the instruction
-    shared: int  # how many of the first token ids are those of `prefix`: at most length - 1
+    prefix: tuple[int, ...]  # the first of them, which it shares with others of its instruction: at most length - 1
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
     key: bytes = b""  # a digest of all that the embedding depends on
 
     @property
-    def cost(self) -> int:
-        """Tokens that the model computes for it."""
-        return len(self.token_ids) - self.shared
+    def cost(self) -> int:  # tokens that the model computes for it
+        return len(self.token_ids) - len(self.prefix)
 
 
 class ImageFile(io.BytesIO):
@@ -257,8 +254,7 @@ class Preparer:
         # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        encode = self.tokenizer.encode
-        self.prefix_ids = functools.lru_cache(16)(lambda text: tuple(encode(SYSTEM_PART.format(text)).ids[:max_length]))
+        self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
         self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
@@ -272,33 +268,33 @@ class Preparer:
         return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        prefix, start, grid, patches = self.prefix_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
+        system_ids, start, grid, patches = self.system_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
-            pixels = self.read_image(source.image)
-            rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(prefix) + 1
+            pixels = self.read_image(source.name, source.image)
+            rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
             if start + rows * columns > self.max_length:
-                sentence = f"The image's {rows * columns} tokens and the {start} before it are over {self.max_length}"
-                raise InputError(f"{sentence}: send a shorter prompt, or raise GME_MAX_LENGTH on the server.")
+                counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it are over"
+                raise InputError(
+                    f"{counted} {self.max_length}: shorten the prompt, or raise the server's GME_MAX_LENGTH."
+                )
             token_ids[start : start + 1] = [token_ids[start]] * (rows * columns)
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
             grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
         TRUNCATED.inc(len(token_ids) > self.max_length)
         ids = token_ids[: self.max_length]
-        shared = min(len(prefix), len(ids) - 1)
-        while tuple(ids[:shared]) != prefix[:shared]:  # white space at the start of a text joins "user\n"
-            shared -= 1
-        digest = hashlib.sha256(repr((ids, start, grid)).encode())
-        digest.update(b"" if patches is None else patches.data)
-        return Input(np.array(ids, np.int64), prefix, shared, start, grid, patches, digest.digest())
+        prefix = ids[: min(len(system_ids), len(ids) - 1)]
+        while prefix != system_ids[: len(prefix)]:  # white space at the start of a text joins "user\n"
+            prefix.pop()
+        key = hashlib.sha256(repr((ids, start, grid)).encode() + (b"" if patches is None else patches.tobytes()))
+        return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
-    def read_image(self, data: bytes) -> np.ndarray:
+    def read_image(self, name: str, data: bytes) -> np.ndarray:
         """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
                 raise ValueError("The JPEG has more parts than a photo.")
-            if data[4:8] == b"ftyp":  # AVIF: Pillow would read all its EXIF, but turns it by its irot and imir boxes
-                data = re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data)
-            file = ImageFile(data)
+            # Of an AVIF, Pillow would read all EXIF at once; its irot and imir boxes say how to turn it.
+            file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data))
             file.deadline = time.thread_time() + 1  # to open it; more for its pixels
             with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
                 pixels = image.width * image.height
@@ -311,8 +307,8 @@ class Preparer:
                 image.load()  # a PNG may have its EXIF behind the pixels
                 if len(image.info.get("exif", b"")) > 1 << 16:  # a segment's most; Pillow makes up to 32 times as much
                     raise ValueError("The EXIF data are too large.")
-                with contextlib.suppress(Exception):  # an image is not broken because its EXIF is
-                    ImageOps.exif_transpose(image, in_place=True)
+                with contextlib.suppress(AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error):
+                    ImageOps.exif_transpose(image, in_place=True)  # odd EXIF may raise any of them, and breaks no image
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
                 # The two resizes of the authors' code: their own, then that of the published image processor.
                 width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
@@ -320,11 +316,10 @@ class Preparer:
                 second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
                 return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
         except Image.DecompressionBombError:
-            sentence = f"The image has over {self.max_pixels} pixels, or {MAX_SIDE} on a side: scale it down."
-            raise TooLargeError(sentence) from None
+            most = f"{self.max_pixels} pixels, or {MAX_SIDE} on a side"
+            raise TooLargeError(f"{name}The image has over {most}: scale it down.") from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
-            log.debug("An image could not be decoded.", exc_info=True)
-        raise InputError(f"The image cannot be decoded: send a whole file in one of the formats {', '.join(FORMATS)}.")
+            raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
@@ -497,22 +492,22 @@ class Model:
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> Tensor:
         """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool."""
-        shared, prefix = min(one.shared for one in inputs), inputs[0].prefix
-        rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
+        prefix = inputs[0].prefix
+        rows = [torch.from_numpy(one.token_ids[len(prefix) :]) for one in inputs]
         hidden = self.embedded(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D); none sees padding
         for row, one in enumerate(inputs):
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches).to(self.device), *one.grid)
-                hidden[row, one.image_start - shared :][: len(image)] = image
+                hidden[row, one.image_start - len(prefix) :][: len(image)] = image
         # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
-        states = (self.kept_states if len(prefix) <= 256 else self.prefix_states)(prefix) if shared else []
+        states = (self.kept_states if len(prefix) <= 256 else self.prefix_states)(prefix) if prefix else []
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        return functional.normalize(self.read(hidden, last, [one[:, :, :, :shared] for one in states])[0], dim=-1)
+        return functional.normalize(self.read(hidden, last, states)[0], dim=-1)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
+        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their prefix.
 
-        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
+        Raises `TooLargeError` when they do not fit, and `SystemExit` when the device cannot go on.
         """
         try:
             return self.forward(inputs).cpu().numpy()
@@ -521,7 +516,7 @@ class Model:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise MemoryError("The batch does not fit into the device's memory.") from None
+            raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
 
     def check(self, texts: Sequence[Input]) -> None:
         """A probe: texts, the first with a small image, embedded together, and alone without the prefix cache.
@@ -530,8 +525,8 @@ class Model:
         by more than the dtype rounds: a library that changed must not mean wrong embeddings.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
-        inputs = [replace(texts[0], image_start=texts[0].shared + 2, grid=(4, 4), patches=noise), *texts[1:]]
-        alone = np.concatenate([self.embed([replace(one, shared=0)]) for one in inputs])
+        inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
+        alone = np.concatenate([self.embed([replace(one, prefix=())]) for one in inputs])
         distance = 1 - (self.embed(inputs) * alone).sum(1).min()
         self.stored.clear()  # all weights are read: this closes their files
         if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # of rounding alone
@@ -557,8 +552,6 @@ def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torc
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
-
-MAX_PADDING = 0.2  # of a batch's tokens
 AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
 PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
@@ -566,7 +559,6 @@ QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
-Embedding = tuple[np.ndarray, int]  # with the number of its input's tokens
 
 
 @dataclass(slots=True)
@@ -575,34 +567,28 @@ class Waiting:
 
     order: int  # the lowest goes first
     arrived: float
-    name: str  # what its error begins with
-    future: asyncio.Future[Embedding]
+    future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
     item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
 
-    def answer(self, result: Embedding | ServiceError) -> None:
+    def answer(self, result: np.ndarray | BaseException) -> None:
         with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
-            if isinstance(result, ServiceError):
-                self.future.set_exception(type(result)(f"{self.name}{result}"))
-            else:
-                self.future.set_result(result)
+            if isinstance(result, BaseException):
+                self.future.set_exception(result)
+            elif isinstance(self.item, Input):
+                self.future.set_result((result, len(self.item.token_ids)))
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
-    """`function(items)`; where it raises, halves the items until those it raises for have an error as result."""
+    """`function(items)`; where it raises, halves the items until those it raises for have the error as result."""
     try:
         return list(function(items))
     except SystemExit:
         raise
-    except ServiceError as refusal:
-        error = refusal
-    except MemoryError:
-        error = TooLargeError("This input does not fit into the server's memory: send a smaller one.")
-    except BaseException as fault:  # a panic of the tokenizers library is no Exception
-        error = ServiceError("This input could not be embedded, through a fault of the service: its log says more.")
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         if len(items) == 1:
-            log.error("An input could not be embedded.", exc_info=fault)
-    half = len(items) // 2
-    return isolate(function, items[:half]) + isolate(function, items[half:]) if half else [error]
+            return [error]
+    half = len(items) // 2  # by now the memory of the failed try is free
+    return isolate(function, items[:half]) + isolate(function, items[half:])
 
 
 @dataclass
@@ -611,9 +597,8 @@ class Batcher:
 
     The policy is start-time fair queueing. A request's inputs, shortest first, are numbered from where the queue has
     got to; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
-    under way and its own, and a bulk job keeps a place in every batch.
-
-    The event loop owns all state. Threads run `prepare` and `compute`, and nothing else.
+    under way and its own, and a bulk job keeps a place in every batch. The event loop owns all state: threads run
+    `prepare` and `compute`, and nothing else.
     """
 
     prepare: Callable[[Sequence[Source]], Iterable[Input]]
@@ -621,27 +606,27 @@ class Batcher:
     max_tokens: int  # of a batch
     max_queue: int = 16384
     cache_entries: int = 0
-    clock: int = 0  # how far the queue has got: where the numbers of a new request start
+    clock: int = 0  # where the numbers of a new request start: the lowest without an answer, or 1 more a batch
     waiting: list[Waiting] = field(default_factory=list)  # in order
-    cache: OrderedDict[bytes, Embedding] = field(default_factory=OrderedDict)  # by key of the input
+    cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # copies: a row would keep its batch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
-        """Embeddings (len(sources), dimension), float32, of a request, and how many tokens the model reads for them.
-
-        Raises the `ServiceError` of an input that has one, and `BusyError`. When cancelled, drops what still waits.
-        """
+        """A request's embeddings (len(sources), dimension), float32, and number of tokens. Raises `ServiceError`."""
         if len(self.waiting) + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
-        futures: list[asyncio.Future[Embedding]] = [asyncio.Future() for _ in sources]
+        futures: list[asyncio.Future[tuple[np.ndarray, int]]] = [asyncio.Future() for _ in sources]
         shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
         for order, (source, future) in enumerate(shortest_first, self.clock):
-            self.waiting.append(Waiting(order, time.perf_counter(), source.name, future, source))
+            self.waiting.append(Waiting(order, time.perf_counter(), future, source))
         self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
         self.notify()
         try:
-            embeddings = await asyncio.gather(*futures)
-            return np.array([embedding for embedding, _ in embeddings]), sum(tokens for _, tokens in embeddings)
+            answers = await asyncio.gather(*futures)
+            embeddings = np.array([embedding for embedding, _ in answers])
+            if not np.isfinite(embeddings).all():
+                raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
+            return embeddings, sum(tokens for _, tokens in answers)
         finally:
             for future in futures:
                 future.cancel()
@@ -672,15 +657,14 @@ class Batcher:
             while not (chunk := self.take_chunk()):
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
-            for (one, _), item in zip(chunk, prepared, strict=True):
-                if isinstance(item, ServiceError):
-                    one.answer(item)
-                elif item.key in self.cache:
+            for (one, _), result in zip(chunk, prepared, strict=True):
+                one.item = result
+                if isinstance(result, BaseException):
+                    one.answer(result)
+                elif result.key in self.cache:
                     CACHE_HITS.inc()
-                    self.cache.move_to_end(item.key)
-                    one.answer(self.cache[item.key])
-                else:
-                    one.item = item
+                    self.cache.move_to_end(result.key)
+                    one.answer(self.cache[result.key])
             self.notify()
 
     def take_chunk(self) -> list[tuple[Waiting, Source]]:
@@ -703,35 +687,25 @@ class Batcher:
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
-            # New requests are numbered from the lowest order that had no answer, or 1 higher than before this batch.
             self.clock = max(self.clock + 1, self.waiting[0].order)
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            answers: dict[bytes, Embedding | ServiceError] = {}
-            for one, result in zip(batch, results, strict=True):
-                if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-                    result = ServiceError("The embedding is not finite: set GME_DTYPE to bfloat16 on the server.")
-                    log.error(str(result))
-                if isinstance(result, np.ndarray):  # a row of it would keep its whole batch in memory
-                    result = self.cache[one.key] = result.copy(), len(one.token_ids)
-                answers[one.key] = result
-            for waiting in self.waiting:
-                if isinstance(waiting.item, Input) and waiting.item.key in answers:
-                    QUEUE_SECONDS.observe(max(0, started - waiting.arrived))
-                    waiting.answer(answers[waiting.item.key])
+            answers = dict(zip((one.key for one in batch), results, strict=True))
+            for one in self.waiting:
+                if isinstance(one.item, Input) and one.item.key in answers:
+                    QUEUE_SECONDS.observe(max(0, started - one.arrived))
+                    one.answer(answers[one.item.key])
+            self.cache |= {key: one.copy() for key, one in answers.items() if isinstance(one, np.ndarray)}
             while len(self.cache) > self.cache_entries:
                 self.cache.popitem(last=False)
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The first that is ready, and those nearest to it in length that make a batch with at most MAX_PADDING.
-
-        Candidates share its instruction, and are the first in order that fit into a batch's tokens. Equal ones are one.
-        """
-        ready = list({one.item.key: one.item for one in self.waiting if isinstance(one.item, Input)}.values())
-        alike = [one for one in ready if one.prefix == ready[0].prefix]
+        """The first, of those ready, and the nearest in length, with a fifth of padding at most. Equal ones are one."""
+        ready = [one.item for one in self.waiting if isinstance(one.item, Input) and not one.future.done()]
+        alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())
         sums = itertools.accumulate(one.cost for one in alike)
         fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
         fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
@@ -739,7 +713,7 @@ class Batcher:
         for count, one in enumerate(fitting, start=1):
             num_tokens, longest = num_tokens + one.cost, max(longest, one.cost)
             num_padded = count * longest
-            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= (1 - MAX_PADDING) * num_padded):
+            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= 0.8 * num_padded):
                 size = count
         return fitting[:size]
 

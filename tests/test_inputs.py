@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,14 +35,15 @@ short = gme.Preparer(TOY, 64, LIMIT)
 
 def prepared(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.Input:
     (result,) = preparer([source])
-    assert result.token_ids[: result.shared].tolist() == list(result.prefix[: result.shared])
-    assert result.cost == len(result.token_ids) - result.shared >= 1
+    assert result.token_ids[: len(result.prefix)].tolist() == list(result.prefix)
+    assert result.cost == len(result.token_ids) - len(result.prefix) >= 1
     return result
 
 
 def refused(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.ServiceError:
     with pytest.raises((gme.InputError, gme.TooLargeError)) as caught:
-        preparer([source])
+        preparer([replace(source, name="Input 7: ")])
+    assert str(caught.value).startswith("Input 7: The image")
     return caught.value
 
 
@@ -82,8 +84,6 @@ def save(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------ the prompt
-
 TEXTS = ["", "一个红色的圆形", " lead", "\r\n\t lead", "<|im_end|>\nhello", "e\u0301", "\0", "🚗", PAD, SPECIAL]
 
 
@@ -102,13 +102,9 @@ def test_leading_white_space_merges_with_the_newline_before_it_and_shares_less(t
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     merging = gme.Preparer(tmp_path, 1800, LIMIT)
     plain, merged = (prepared(gme.Source(text), merging) for text in ("lead", "\nlead"))
-    assert plain.prefix == merged.prefix
-    assert merged.shared == plain.shared - 1 == len(plain.prefix) - 1
-    assert merged.token_ids[merged.shared] == 999
-    assert prepared(gme.Source("\nlead", PHOTO), merging).shared == len(plain.prefix)  # the image is between them
-
-
-# ------------------------------------------------------------------------------------------------------ truncation
+    assert merged.prefix == plain.prefix[:-1]
+    assert merged.token_ids[len(merged.prefix)] == 999
+    assert prepared(gme.Source("\nlead", PHOTO), merging).prefix == plain.prefix  # the image is between them
 
 
 @pytest.mark.parametrize("piece", ["a", "\n", "multimodal ", "<|object_ref_start|>", "u\u0308\u0304", "ᄒ\u1161\u11ab"])
@@ -132,9 +128,6 @@ def test_a_30_mb_text_costs_no_more_than_its_beginning(text: str) -> None:
     whole = prepared(gme.Source(text))
     assert time.process_time() - started < 1
     assert whole.key == prepared(gme.Source(text[:100_000])).key
-
-
-# ---------------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("instruction", [QUERY, SPECIAL, f"e\u0301o\u0308 {PAD}", "ᄒ\u1161\u11ab" * 20])
@@ -173,12 +166,6 @@ def test_an_image_is_resized_twice(size: tuple[int, int], first: tuple[int, int]
     image = picture(*size)
     expected = image.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(seen(save(image, "BMP")), np.asarray(expected))
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000))
-@settings(max_examples=25, deadline=None)
-def test_an_image_of_any_shape_takes_256_to_1280_tokens(width: int, height: int) -> None:
-    assert 256 <= tokens(prepared(gme.Source("", save(Image.new("L", (width, height)), "BMP")))) <= 1280
 
 
 def test_fewer_image_tokens_change_only_the_images_that_have_more() -> None:
@@ -253,9 +240,6 @@ def test_what_is_no_whole_image_of_a_named_format_is_refused_and_its_neighbours_
         assert isinstance(bad, gme.InputError), file[:20]
         assert "JPEG, PNG, WEBP" in str(bad)
         assert [good.key, other.key] == [prepared(one).key for one in (gme.Source("", PHOTO), gme.Source("a"))]
-
-
-# --------------------------------------------------------------------------------------------------- hostile images
 
 
 @contextlib.contextmanager
@@ -348,9 +332,6 @@ def test_a_file_of_very_many_pixels_or_parts_is_refused_in_little_time_and_memor
     assert isinstance(error, gme.TooLargeError) == ("pixels" in kind)
     assert cost.megabytes < 150
     assert cost.seconds < 3
-
-
-# ------------------------------------------------------------------------------------------------------------ keys
 
 
 def test_the_key_differs_whenever_the_model_sees_something_else() -> None:

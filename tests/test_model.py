@@ -113,7 +113,7 @@ def test_an_instruction_is_computed_once_until_others_take_its_place(monkeypatch
     model = gme.Model(TOY, CPU, torch.float32)
     (one,), others = inputs(16), prepare([gme.Source("a", None, f"Instruction {n}.") for n in range(40)])
     (long,) = prepare([gme.Source("a", None, "a " * 6000)], max_length=32768)  # too long to keep
-    expected = {other.key: model.embed([replace(other, shared=0)]) for other in [one, *others, long]}
+    expected = {other.key: model.embed([replace(other, prefix=())]) for other in [one, *others, long]}
 
     def prefix_tokens(one: gme.Input) -> int:
         computed.clear()
@@ -123,14 +123,6 @@ def test_an_instruction_is_computed_once_until_others_take_its_place(monkeypatch
     assert [prefix_tokens(x) for x in (one, long, long, one)] == [len(x.prefix) for x in (one, long, long)] + [0]
     assert [prefix_tokens(x) for x in others] == [len(x.prefix) for x in others]
     assert [prefix_tokens(x) for x in (others[-1], one)] == [0, len(one.prefix)]
-
-
-def test_inputs_that_share_the_prefix_to_different_lengths_share_a_batch() -> None:
-    image, text, other = inputs(26, 1, 2)
-    together = toy().embed([image, text, other])
-    for shared in (0, 1, 9, image.shared - 1):
-        vectors = toy().embed([replace(image, shared=shared), text, replace(other, shared=3)])
-        np.testing.assert_allclose(vectors, together, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint
@@ -248,8 +240,8 @@ def test_on_cuda_no_operation_mixes_devices() -> None:
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError),
-        (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), MemoryError),  # which no CPU has
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), gme.TooLargeError),
+        (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), gme.TooLargeError),  # which no CPU has
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), SystemExit),
         (RuntimeError("The size of tensor a must match"), RuntimeError),
     ],

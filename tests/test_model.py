@@ -28,7 +28,7 @@ import gme_service as gme
 CPU = torch.device("cpu")
 FEW = 270  # tokens: a CPU computes float16 many times slower than the others
 PROBES = [gme.Source("a red circle, and then nothing"), gme.Source("a text of another length than the one before it")]
-attention, arange = functional.scaled_dot_product_attention, torch.arange
+attention, rotate = functional.scaled_dot_product_attention, gme.rotate
 
 
 def prepare(sources: Sequence[gme.Source], max_length: int = 1800) -> list[gme.Input]:
@@ -158,16 +158,11 @@ def cache_ignored(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *
     return attention(query, key[..., -own:, :], value[..., -own:, :], mask, **options)
 
 
-def positions_shifted(start: int, end: int | None = None, **options: Any) -> Tensor:
-    """Every sequence begins at position 0, that behind a cached prefix too."""
-    return arange(start if end is None else end - start, **options)
-
-
 BREAKS = [
     (functional, attention.__name__, cache_ignored),
-    (functional, attention.__name__, lambda query, key, value, *_, **__: attention(query, key, value)),  # padding seen
+    (functional, attention.__name__, lambda query, key, value, *_: attention(query, key, value)),  # padding seen
     (functional, attention.__name__, lambda query, *_, **__: query * float("nan")),
-    (torch, "arange", positions_shifted),
+    (gme, "rotate", lambda x, angles: rotate(x, angles - angles[:1])),  # positions from 0 on, behind a prefix too
 ]
 
 
@@ -241,7 +236,7 @@ class WithoutGuards(TorchFunctionMode):
 
 def test_on_cuda_no_operation_mixes_devices() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutGuards():  # no content: shapes, dtypes and devices alone
-        vectors = gme.Model(TOY, torch.device("cuda:0"), torch.float16).forward(inputs(0, 26, 43))
+        vectors = gme.Model(TOY, torch.device("cuda:0"), torch.float16).forward(inputs(0, 26, 43))[0]
     assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (3, toy().dimension))
 
 

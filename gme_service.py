@@ -388,18 +388,17 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
         return pointwise.binary(x, pointwise.default(x, gate, None, "swish", [], ""), weight, bias, "mul")
 
     attend = attend_in_chunks if dtype == torch.bfloat16 else functional.scaled_dot_product_attention
-    if platform.machine() == "x86_64" and dtype != torch.float16:
-        try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-            # Once, and not in every call: 1.7 times as fast for a lone short text.
-            lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
-            x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
-            packed, expected = lay_out(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
-            found = fused(fused(x, bias, packed), bias, packed, packed)
-            if not torch.allclose(found, expected, rtol=0.02, atol=0.002):
-                raise RuntimeError("their products differ")
-            return lay_out, fused, attend
-        except (AttributeError, RuntimeError, TypeError) as error:
-            log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
+    try:  # these operators are private to torch: they have to be there, and to give what its public ones give
+        # Once, and not in every call: 1.7 times as fast for a lone short text.
+        lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
+        x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
+        packed, expected = lay_out(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
+        found = fused(fused(x, bias, packed), bias, packed, packed)
+        if not torch.allclose(found, expected, rtol=0.02, atol=0.002):
+            raise RuntimeError("their products differ")
+        return lay_out, fused, attend
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
     return Tensor.clone, multiply, attend
 
 

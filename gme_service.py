@@ -408,8 +408,6 @@ class Model:
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         names = "config.json", "preprocessor_config.json"
         config, self.processor = (json.loads((directory / name).read_bytes()) for name in names)
-        if "embed_dim" not in config.get("vision_config", {}):
-            raise StartError(f"{directory} is no Qwen2-VL checkpoint: its config.json has no vision_config.embed_dim.")
         self.text, self.vision = config.get("text_config", config), config["vision_config"]
         self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
         plain: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention

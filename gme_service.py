@@ -389,12 +389,10 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
 
     attend = attend_in_chunks if dtype == torch.bfloat16 else functional.scaled_dot_product_attention
     try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-        # Once, and not in every call: 1.7 times as fast for a lone short text.
-        lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
+        lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)  # once, not in every call
         x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
         packed, expected = lay_out(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
-        found = fused(fused(x, bias, packed), bias, packed, packed)
-        if not torch.allclose(found, expected, rtol=0.02, atol=0.002):
+        if not torch.allclose(fused(fused(x, bias, packed), bias, packed, packed), expected, rtol=0.02, atol=0.002):
             raise RuntimeError("their products differ")
         return lay_out, fused, attend
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -406,8 +404,8 @@ class Model:
     """Qwen2-VL, for one thread at a time. A weight is read when it is first used, and `check` uses all."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        names = "config.json", "preprocessor_config.json"
-        config, self.processor = (json.loads((directory / name).read_bytes()) for name in names)
+        config = json.loads((directory / "config.json").read_bytes())
+        self.processor = json.loads((directory / "preprocessor_config.json").read_bytes())
         self.text, self.vision = config.get("text_config", config), config["vision_config"]
         self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
         plain: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
@@ -467,7 +465,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool.
+        """Embeddings (B, D), float32, of inputs that share their instruction: the last tokens' final states, normalised.
 
         Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
         position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.
@@ -514,10 +512,7 @@ class Model:
         return functional.normalize(self.norm(hidden, "model.norm"), dim=-1), states
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their instruction.
-
-        Raises `MemoryError` when the batch does not fit, and `SystemExit` when the device cannot go on.
-        """
+        """The embeddings. Raises `MemoryError` when they do not fit, and `SystemExit` when the device cannot go on."""
         try:
             return self.forward(inputs)[0].cpu().numpy()
         except torch.AcceleratorError as error:

@@ -546,9 +546,7 @@ def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torc
         device = torch.device(device_name)
         torch.ones(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
-        # memory that the process before this one still holds: systemd tries again
-        kind = SystemExit if isinstance(error, torch.OutOfMemoryError) else StartError
-        raise kind(f"GME_DEVICE={device_name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise StartError(f"GME_DEVICE={device_name} cannot be used: {str(error).splitlines()[0]}") from None
     if dtype_name == "auto":
         native = any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
         dtype_name = "float16" if device.type == "cuda" else "bfloat16" if native else "float32"

@@ -84,12 +84,6 @@ def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
     assert "\n" not in str(stop.value)
 
 
-def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(SystemExit, match="GME_DEVICE=cpu"):  # and not with the code that prevents a restart
-        gme.choose_device("cpu", "auto")
-
-
 @pytest.mark.parametrize(
     ("name", "device", "features", "dtype"),
     [

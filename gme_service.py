@@ -465,7 +465,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings (B, D), float32, of inputs that share their instruction: the last tokens' final states, normalised.
+        """Unit embeddings (B, D), float32, of inputs that share their instruction: the last tokens' final states.
 
         Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
         position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.

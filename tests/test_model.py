@@ -60,9 +60,8 @@ def mixed_batches(numbers: Sequence[int]) -> Iterator[list[int]]:
     for prefix in sorted({one.prefix for one in inputs(*numbers)}):
         group = [number for number in numbers if GOLDEN[number].prefix == prefix]
         chance.shuffle(group)
-        while group:
-            batch = [group.pop() for _ in range(min(len(group), chance.randint(2, 6)))]
-            yield [*batch, batch[0]]
+        for start in range(0, len(group), 4):
+            yield [*group[start : start + 4], group[start]]
 
 
 # --------------------------------------------------------------------------------------------------------- vectors

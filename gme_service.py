@@ -323,9 +323,7 @@ class Preparer:
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None = None) -> Tensor:
     """A linear layer; with the weight of a gate, times silu of what that gives."""
     out = functional.linear(x, weight, bias)
     return out if gate is None else functional.silu(functional.linear(x, gate)) * out
@@ -337,42 +335,35 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def speed_up_on_cpu(dtype: torch.dtype, small: bool) -> tuple[Callable[..., Tensor], ...]:
+def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tensor], ...]:
     """Set torch up for a CPU. Returns what lays a weight out, multiplies by it, and attends within an image."""
-    x86, amx = platform.machine() == "x86_64", torch.cpu.get_capabilities().get("amx_bf16")
-    if small:
+    if width < 512:
         torch.set_num_threads(1)  # the products of a small model are too short for two
-    if x86 and not amx:
+    if platform.machine() == "x86_64" and not torch.cpu.get_capabilities().get("amx_bf16"):
         torch.set_float32_matmul_precision("medium")  # oneDNN in place of MKL; with AMX, and on ARM, it would round
 
     def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Head by head and 512 queries at a time: twice as fast as torch's own in bfloat16."""
-        out = torch.empty_like(query)
-        query, key, value = query * query.shape[-1] ** -0.5, key.contiguous(), value.contiguous()
-        for q, k, v, o in zip(query[0], key[0], value[0], out[0], strict=True):
-            for chunk, rows in zip(q.split(512), o.split(512), strict=True):
-                torch.matmul((chunk @ k.T).softmax(-1), v, out=rows)
-        return out
+        heads = zip(query[0] * query.shape[-1] ** -0.5, key[0].contiguous(), value[0].contiguous(), strict=True)
+        chunks = [(rows @ k.T).softmax(-1) @ v for q, k, v in heads for rows in q.split(512)]
+        return torch.cat(chunks).view_as(query)
 
-    def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def fused(x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         pointwise = torch.ops.mkldnn._linear_pointwise
         if gate is None:
             return pointwise.default(x, weight, bias, "none", [], "")
         return pointwise.binary(x, pointwise.default(x, gate, None, "swish", [], ""), weight, bias, "mul")
 
     attend = attend_in_chunks if dtype == torch.bfloat16 else functional.scaled_dot_product_attention
-    if x86 and dtype != torch.float16:
-        try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-            # Once, and not in every call: 1.7 times as fast for a lone short text.
-            lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
-            x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
-            packed, expected = lay_out(weight), multiply(multiply(x, weight, bias), weight, bias, weight)
-            found = fused(fused(x, packed, bias), packed, bias, packed)
-            if not torch.allclose(found, expected, rtol=0.02, atol=0.002):
-                raise RuntimeError("their products differ")
-            return lay_out, fused, attend
-        except (AttributeError, RuntimeError, TypeError) as error:
-            log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
+    try:  # these operators are private to torch: they have to be there, and to give what its public ones give
+        lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)  # once, not in every call
+        x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
+        packed, expected = lay_out(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
+        if not torch.allclose(fused(fused(x, bias, packed), bias, packed, packed), expected, rtol=0.02, atol=0.002):
+            raise RuntimeError("their products differ")
+        return lay_out, fused, attend
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
     return Tensor.clone, multiply, attend
 
 
@@ -380,39 +371,32 @@ class Model:
     """Qwen2-VL, for one thread at a time. A weight is read when it is first used, and `check` uses all."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        names = ("config.json", "preprocessor_config.json")
-        config, self.processor = (json.loads((directory / name).read_bytes()) for name in names)
-        if "embed_dim" not in config.get("vision_config", {}):
-            raise StartError(f"{directory} is no Qwen2-VL checkpoint: its config.json has no vision_config.embed_dim.")
+        config = json.loads((directory / "config.json").read_bytes())
+        self.processor = json.loads((directory / "preprocessor_config.json").read_bytes())
         self.text, self.vision = config.get("text_config", config), config["vision_config"]
         self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
-        small = sum(path.stat().st_size for path in weight_files(directory)) < 200_000_000
         plain: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
-        self.lay_out, self.multiply, self.attend = speed_up_on_cpu(dtype, small) if device.type == "cpu" else plain
-        self.weights, self.stored = dict[str, Tensor](), dict[str, Callable[[], Tensor]]()
-        for file in [safe_open(path, framework="pt") for path in weight_files(directory)]:
-            for name in file.keys():  # noqa: SIM118  # a file is no mapping
-                # a current transformers saves other names than the published ones
-                published = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-                self.stored[published] = functools.partial(file.get_tensor, name)
-        self.kept_states = functools.lru_cache(16)(self.prefix_states)
+        on_cpu = device.type == "cpu"
+        self.lay_out, self.multiply, self.attend = speed_up_on_cpu(dtype, self.dimension) if on_cpu else plain
+        files = [safe_open(path, framework="pt") for path in weight_files(directory)]
+        read = {name: functools.partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118
+        # By their published names: a current transformers saves `model.language_model.` and `model.visual.`
+        self.stored = {re.sub(r"language_model\.|model\.(?=visual\.)", "", name): get for name, get in read.items()}
+        self.weight = functools.cache(self.read_weight)
+        self.prefix_states = functools.lru_cache(16)(lambda ids: self.forward([Input(np.array(ids), ())])[1])
 
-    def weight(self, name: str, *shape: int, exact: bool = False, packed: bool = False) -> Tensor:
-        """Read straight into its final dtype and place. Raises `StartError` when it is missing or misshapen."""
-        if name not in self.weights:
-            found = self.stored[name]() if name in self.stored else None
-            if found is None or found.shape != shape:
-                raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
-            weight = found.to(self.device, torch.float32 if exact else self.dtype)
-            self.weights[name] = self.lay_out(weight) if packed else weight.clone()  # the file's own may change
-        return self.weights[name]
+    def read_weight(self, name: str, *shape: int, exact: bool = False, packed: bool = False) -> Tensor:
+        """From the file straight into its final dtype and place. Raises `StartError` when missing or misshapen."""
+        found = self.stored[name]() if name in self.stored else None
+        if found is None or found.shape != shape:
+            raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
+        weight = found.to(self.device, torch.float32 if exact else self.dtype)
+        return self.lay_out(weight) if packed else weight.clone()  # the file's own may change
 
-    def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str | None = None) -> Tensor:
-        shape = width, x.shape[-1]
-        weight = self.weight(f"{name}.weight", *shape, packed=True)
+    def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str = "") -> Tensor:
+        weights = [self.weight(f"{one}.weight", width, x.shape[-1], packed=True) for one in (name, gate) if one]
         bias = self.weight(f"{name}.bias", width) if biased else None
-        gate_weight = self.weight(f"{gate}.weight", *shape, packed=True) if gate else None
-        return self.multiply(x.to(self.dtype), weight, bias, gate_weight)
+        return self.multiply(x.to(self.dtype), bias, *weights)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm in the decoder, layer norm in the vision tower: in float32, whatever the dtype of the model."""
@@ -426,19 +410,18 @@ class Model:
         """The vision tower: token embeddings (P / 4, D) of an image's uint8 patches (P, 588)."""
         width, heads, device = self.vision["embed_dim"], self.vision["num_heads"], self.device
         mean, std = (torch.tensor(self.processor[f"image_{x}"], device=device)[:, None] for x in ("mean", "std"))
-        pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
+        pixels = (patches.to(device).view(-1, 3, PATCH**2).float() / 255 - mean) / std
         # The published layer is a convolution over two frames, which are the same for a still image.
         patch = self.weight("visual.patch_embed.proj.weight", width, 3, 2, PATCH, PATCH, exact=True).sum(2)
         hidden = functional.linear(pixels.flatten(1), patch.flatten(1))  # (P, width)
-        places = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         places = places.view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2)  # the four of each token together
         pairs = width // heads // 4  # of numbers in a head, for the row and for the column each
-        angles = places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs, device=device) / pairs)
+        angles = (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1).to(device)
         for block in (f"visual.blocks.{number}" for number in range(self.vision["depth"])):
             qkv = self.linear(self.norm(hidden, f"{block}.norm1"), f"{block}.attn.qkv", 3 * width)
             qkv = qkv.view(-1, 3, 1, heads, width // heads).permute(1, 2, 3, 0, 4)  # (3, 1, heads, P, head_dim)
-            query, key = rotate(qkv[:2], angles.flatten(1))
-            attended = self.attend(query, key, qkv[2])[0].transpose(0, 1).flatten(1)  # (P, width)
+            attended = self.attend(*rotate(qkv[:2], angles), qkv[2])[0].transpose(0, 1).flatten(1)  # (P, width)
             hidden += self.linear(attended, f"{block}.attn.proj", width)
             for part in hidden.split(512 if device.type == "cpu" else len(hidden)):  # views: so few stay in the cache
                 inner = self.linear(self.norm(part, f"{block}.norm2"), f"{block}.mlp.fc1", 4 * width)
@@ -447,70 +430,58 @@ class Model:
         inner = functional.gelu(self.linear(merged, "visual.merger.mlp.0", 4 * width))
         return self.linear(inner, "visual.merger.mlp.2", self.dimension)
 
-    def embedded(self, token_ids: Tensor) -> Tensor:
-        weight = self.weight("model.embed_tokens.weight", self.text["vocab_size"], self.dimension)
-        return functional.embedding(token_ids.to(self.device), weight)
-
-    def read(self, hidden: Tensor, last: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The decoder: final hidden states (B, D) at `last` (B,) of token embeddings (B, T, D) that follow `past`.
+    @torch.inference_mode()
+    def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
+        """Unit embeddings (B, D), float32, of inputs that share their instruction: the last tokens' final states.
 
         Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
         position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.
         """
-        config, device, (batch, length, width) = self.text, self.device, hidden.shape
+        config, device, width = self.text, self.device, self.dimension
+        prefix, shared = inputs[0].prefix, len(inputs[0].prefix)
+        # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
+        compute = self.prefix_states if shared <= 256 else self.prefix_states.__wrapped__
+        past = compute(prefix) if prefix else []
+
+        rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); none sees padding
+        table = self.weight("model.embed_tokens.weight", config["vocab_size"], width)
+        hidden = functional.embedding(token_ids, table).float()  # (B, T, D)
+        for row, one in enumerate(inputs):
+            if one.patches is not None:
+                image = self.see(torch.from_numpy(one.patches), *one.grid)
+                hidden[row, one.image_start - shared :][: len(image)] = image
+
         heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
-        theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        before, head_dim, pairs = past[0].shape[3] if past else 0, width // heads, width // heads // 2
-        positions = torch.arange(before, before + length, device=device)
-        angles = positions[:, None, None] / theta ** (torch.arange(pairs, device=device) / pairs)  # (T, 1, pairs)
-        mask = positions[:, None] >= torch.arange(before + length, device=device) if past else None
-        sizes = {"q": width, "k": groups * head_dim, "v": groups * head_dim}
-        hidden, states = hidden.float(), list[Tensor]()
+        theta, head_dim = config.get("rope_theta") or config["rope_parameters"]["rope_theta"], width // heads
+        positions = torch.arange(shared + hidden.shape[1], device=device)
+        mask = positions[shared:, None] >= positions  # (T, shared + T)
+        angles = positions[shared:, None, None] / theta ** (torch.arange(0, head_dim, 2, device=device) / head_dim)
+        states = list[Tensor]()
         for number in range(config["num_hidden_layers"]):
             layer = f"model.layers.{number}"
             normed = self.norm(hidden, f"{layer}.input_layernorm")
-            projected = (self.linear(normed, f"{layer}.self_attn.{x}_proj", size) for x, size in sizes.items())
-            query, key, value = (x.unflatten(2, (-1, head_dim)) for x in projected)
+            query = self.linear(normed, f"{layer}.self_attn.q_proj", width).unflatten(2, (heads, -1))
+            key = self.linear(normed, f"{layer}.self_attn.k_proj", groups * head_dim).unflatten(2, (groups, -1))
+            value = self.linear(normed, f"{layer}.self_attn.v_proj", groups * head_dim).unflatten(2, (groups, -1))
             states.append(torch.stack((rotate(key, angles), value)).transpose(2, 3))
-            both = torch.cat((past[number].expand(-1, batch, -1, -1, -1), states[-1]), 3) if past else states[-1]
+            both = torch.cat((past[number].expand(-1, len(rows), -1, -1, -1), states[-1]), 3) if past else states[-1]
             key, value = both.repeat_interleave(heads // groups, 2)
-            query = rotate(query, angles).transpose(1, 2)
-            out = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=not past)
+            out = functional.scaled_dot_product_attention(rotate(query, angles).transpose(1, 2), key, value, mask)
             out = out.transpose(1, 2).flatten(2)  # (B, T, D)
             if number == config["num_hidden_layers"] - 1:  # of which only the pooled tokens go on
-                hidden, out = (x[torch.arange(batch, device=device), last] for x in (hidden, out))
+                hidden, out = (x[torch.arange(len(rows), device=device), last] for x in (hidden, out))
             hidden += self.linear(out, f"{layer}.self_attn.o_proj", width, biased=False)
             normed = self.norm(hidden, f"{layer}.post_attention_layernorm")
             gated = self.linear(normed, f"{layer}.mlp.up_proj", inner, biased=False, gate=f"{layer}.mlp.gate_proj")
             hidden += self.linear(gated, f"{layer}.mlp.down_proj", width, biased=False)
-        return self.norm(hidden, "model.norm"), states
-
-    def prefix_states(self, token_ids: tuple[int, ...]) -> list[Tensor]:
-        ids, last = (torch.tensor(x, device=self.device) for x in ([token_ids], [0]))
-        return self.read(self.embedded(ids), last, past=[])[1]
-
-    @torch.inference_mode()
-    def forward(self, inputs: Sequence[Input]) -> Tensor:
-        """Embeddings (B, D), float32: the last token's final hidden state, L2-normalised, as the authors pool."""
-        prefix = inputs[0].prefix
-        rows = [torch.from_numpy(one.token_ids[len(prefix) :]) for one in inputs]
-        hidden = self.embedded(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D); none sees padding
-        for row, one in enumerate(inputs):
-            if one.patches is not None:
-                image = self.see(torch.from_numpy(one.patches).to(self.device), *one.grid)
-                hidden[row, one.image_start - len(prefix) :][: len(image)] = image
-        # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
-        states = (self.kept_states if len(prefix) <= 256 else self.prefix_states)(prefix) if prefix else []
-        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        return functional.normalize(self.read(hidden, last, states)[0], dim=-1)
+        return functional.normalize(self.norm(hidden, "model.norm"), dim=-1), states
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """L2-normalised embeddings (len(inputs), dimension), float32, of inputs that share their prefix.
-
-        Raises `TooLargeError` when they do not fit, and `SystemExit` when the device cannot go on.
-        """
+        """The embeddings. Raises `TooLargeError` when memory runs out, `SystemExit` when the device cannot go on."""
         try:
-            return self.forward(inputs).cpu().numpy()
+            return self.forward(inputs)[0].cpu().numpy()
         except torch.AcceleratorError as error:
             raise SystemExit(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:

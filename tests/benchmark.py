@@ -1,4 +1,4 @@
-"""Measure this checkout, or this one beside another: `python tests/benchmark.py [--against DIR] [--out FILE]`.
+"""Measure this checkout, or this one beside another: `python tests/benchmark.py [--against DIR]`.
 
 The model is one of the published shape with random weights (8.8 GB, made in the temporary directory), its texts have
 numbers of tokens as they are in practice, and HTTP is measured with the toy. Each side runs in processes and with an
@@ -32,8 +32,8 @@ WORDS = ["red", "green", "blue", "yellow", "circle", "square", "triangle", "star
 JPEGS = ("448x448", "800x600", "1920x1080")
 TEXTS = ("1 short query", "32 short queries", "16 mixed texts", "64 mixed texts")
 MIXTURE = "12 mixed texts, 2 images with a long text each"
-UNITS = {"model": "s", "prepare": "ms", "bytes": "kB"}
-SECONDS = 10  # of turns, at least
+UNITS = {"model": "s", "prepare": "ms"}
+ROUNDS, SECONDS = 4, 10  # of turns, at least
 Row = tuple[str, list[float]]  # what with its unit, and a number for each side
 
 
@@ -86,10 +86,6 @@ def work(checkpoint: Path) -> None:
     for kind, _, name in (line.strip().partition(" ") for line in sys.stdin):
         sources = [[gme.Source(*one) for one in batch] for batch in workload(name, checkpoint, max_tokens)]
         inputs = [prepare(batch) for batch in sources]
-        if kind == "bytes":
-            fields = [getattr(inputs[0][0], field.name) for field in dataclasses.fields(inputs[0][0])]
-            print(sum(field.nbytes for field in fields if isinstance(field, np.ndarray)) / 1000, file=answers)
-            continue
         if kind == "model" and model is None:
             model = gme.Model(checkpoint, torch.device(device), getattr(torch, os.environ["GME_DTYPE"]))
             model.embed(prepare([gme.Source("", jpeg(JPEGS[0]))]))  # reads all weights
@@ -185,12 +181,12 @@ def weights(checkpoint: Path, dtype: str) -> float:
     return size / (1 if dtype == "float32" else 2)
 
 
-def outside(sides: list[Side], checkpoint: Path, dtype: str, rounds: int) -> Iterator[Row]:
+def outside(sides: list[Side], checkpoint: Path, dtype: str) -> Iterator[Row]:
     """What a start takes with the files in the page cache, and with the toy, what HTTP does."""
     name, size = "toy" if checkpoint == TOY else dtype, weights(checkpoint, dtype) / 2**20
     taken: list[list[tuple[float, ...]]] = [[] for _ in sides]
     subprocess.run(["cat", *checkpoint.glob("*.safetensors")], stdout=subprocess.DEVNULL, check=True)
-    for side, numbers in [*zip(sides, taken, strict=True)] * rounds:
+    for side, numbers in [*zip(sides, taken, strict=True)] * ROUNDS:
         with side.server(checkpoint, dtype) as (port, start):
             numbers.append(start + (asyncio.run(http(port)) if checkpoint == TOY else ()))
     what = ["start, s", f"most anonymous memory (weights: {size:,.0f}), MiB", "memory after a text, MiB"]
@@ -199,7 +195,7 @@ def outside(sides: list[Side], checkpoint: Path, dtype: str, rounds: int) -> Ite
         yield f"{name}: {words}", [max(value) if words.endswith("/s") else min(value) for value in values]
 
 
-def inside(sides: list[Side], checkpoint: Path, dtype: str, lines: list[str], rounds: int) -> Iterator[Row]:
+def inside(sides: list[Side], checkpoint: Path, dtype: str, lines: list[str]) -> Iterator[Row]:
     """What workers answer. Where there is no memory for the models of all, they load them by turns, twice."""
     available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
     together = os.environ["GME_DEVICE"] == "cuda" or available > len(sides) * (weights(checkpoint, dtype) + 1e9)
@@ -209,7 +205,7 @@ def inside(sides: list[Side], checkpoint: Path, dtype: str, lines: list[str], ro
             asks = [(index, stack.enter_context(sides[index].worker(checkpoint, dtype))) for index in group]
             for line in lines:
                 turn, end = 0, time.perf_counter() + SECONDS
-                while (turn := turn + 1) <= rounds // 2 or time.perf_counter() < end:
+                while (turn := turn + 1) <= ROUNDS // 2 or time.perf_counter() < end:
                     for index, ask in asks:
                         best[line][index] = min(best[line][index], ask(line))
     for line, numbers in best.items():
@@ -236,25 +232,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="as GME_DEVICE")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="as GME_DTYPE")
     parser.add_argument("--parts", default="prepare,toy,start,model", help="what to measure")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
-    parser.add_argument("--out", type=Path, default=os.devnull, help="where the table goes too")
     given = parser.parse_args()
-    checkpoint, dtypes, rounds = given.checkpoint.resolve(), given.dtypes.split(","), given.rounds
+    checkpoint, dtypes = given.checkpoint.resolve(), given.dtypes.split(",")
     os.environ |= {"GME_DEVICE": given.device, "GME_CACHE_MB": "0"}
     if not (checkpoint / "model.safetensors.index.json").exists():
         subprocess.run([sys.executable, TESTS / "make_random.py", checkpoint], check=True)
     sides = [Side(TESTS.parent, sys.executable)]
     sides += [Side(given.against.resolve(), given.against_python)] if given.against else []
-    jpegs = [f"{kind} {size}" for size in JPEGS for kind in ("prepare", "bytes")]
+    jpegs = [f"prepare {size}" for size in JPEGS]
     works = [f"model {name}" for name in (*TEXTS, *JPEGS, MIXTURE)]
-    parts = [("prepare", inside(sides, TOY, "float32", jpegs, rounds)), ("toy", outside(sides, TOY, "float32", rounds))]
-    parts += [("start", outside(sides, checkpoint, dtype, rounds)) for dtype in dtypes]
-    parts += [("model", inside(sides, checkpoint, dtype, works, rounds)) for dtype in dtypes]
-    lines = table((row for part, found in parts if part in given.parts for row in found), sides)
-    with given.out.open("w") as copy:
-        for line in lines:
-            print(line, flush=True)
-            print(line, file=copy, flush=True)
+    parts = [("prepare", inside(sides, TOY, "float32", jpegs)), ("toy", outside(sides, TOY, "float32"))]
+    parts += [("start", outside(sides, checkpoint, dtype)) for dtype in dtypes]
+    parts += [("model", inside(sides, checkpoint, dtype, works)) for dtype in dtypes]
+    for line in table((row for part, found in parts if part in given.parts for row in found), sides):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-COLORS = {
-    "red": "红色",
-    "green": "绿色",
-    "blue": "蓝色",
-    "yellow": "黄色",
-    "purple": "紫色",
-    "orange": "橙色",
-    "black": "黑色",
-    "white": "白色",
-}
+COLORS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "orange": "橙色"}
+COLORS |= {"black": "黑色", "white": "白色"}
 SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "cross": "十字形", "ring": "圆环"}
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 CORNERS = {  # radius and turn, in degrees clockwise from the top
@@ -48,11 +40,10 @@ TEMPERATURE = 0.07
 
 def ground(size: tuple[int, int], fill: tuple[int, ...], rng: random.Random) -> Image.Image:
     """White, black, grey, coloured or noisy, and unlike the colour of the shape."""
-    while True:
+    color = fill
+    while math.dist(color, fill) <= 110:
         grey, colored = (rng.randrange(256),) * 3, tuple(rng.randrange(256) for _ in range(3))
         color = rng.choice([(255,) * 3, (255,) * 3, (0,) * 3, grey, grey, colored, colored])
-        if math.dist(color, fill) > 110:
-            break
     image = Image.new("RGB", size, color)
     if rng.random() < 0.2:
         noise = np.random.default_rng(rng.randrange(2**32)).normal(0, rng.uniform(5, 25), (*size[::-1], 3))
@@ -151,19 +142,20 @@ class Toy:
         last = self.norm(hidden[torch.arange(len(hidden)), lengths - 1], "model.norm")
         return functional.normalize(last, dim=-1)
 
-    def tokens(self, content: str, instruction: str = DEFAULT) -> list[int]:
+    def tokens(self, content: str, instruction: str = DEFAULT) -> Tensor:
         head = f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n"
-        return self.tokenizer.encode(f"{head}{content}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>").ids
+        prompt = f"{head}{content}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+        return torch.tensor(self.tokenizer.encode(prompt).ids)
 
     def texts(self, texts: Sequence[str], instruction: str = DEFAULT) -> Tensor:
-        ids = [torch.tensor(self.tokens(text, instruction)) for text in texts]
+        ids = [self.tokens(text, instruction) for text in texts]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         hidden = functional.embedding(padded, self.weights["model.embed_tokens.weight"])
         return self.read(hidden, torch.tensor([len(row) for row in ids]))
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         seen = self.see(images)
-        ids = torch.tensor(self.tokens("<|vision_start|><|image_pad|><|vision_end|>"))
+        ids = self.tokens("<|vision_start|><|image_pad|><|vision_end|>")
         around = functional.embedding(ids, self.weights["model.embed_tokens.weight"]).expand(len(images), -1, -1)
         place = ids.tolist().index(self.tokenizer.token_to_id("<|image_pad|>"))
         hidden = torch.cat((around[:, :place], seen, around[:, place + 1 :]), 1)
@@ -175,17 +167,11 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1)
 
 
-def recall(queries: Tensor, documents: Tensor) -> float:
-    """How often the query's own document is the nearest one."""
-    return float(((queries @ documents.T).argmax(1) == torch.arange(len(queries))).float().mean())
-
-
 def train(toy: Toy, tokens: int, steps: int, rate: float) -> None:
     """Contrast drawings with captions, and captions with other captions of the same shape."""
     rng, started, labels = random.Random(tokens), time.time(), torch.arange(len(PAIRS))
     optimizer = torch.optim.AdamW(toy.weights.values(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    seen = []
     for step in range(steps):
         columns = rng.randint(round(0.8 * tokens**0.5), round(1.25 * tokens**0.5))
         size = 28 * columns, 28 * math.ceil(tokens / columns)
@@ -202,10 +188,10 @@ def train(toy: Toy, tokens: int, steps: int, rate: float) -> None:
         torch.nn.utils.clip_grad_norm_(toy.weights.values(), 1.0)
         optimizer.step()
         schedule.step()
-        seen.append((loss.item(), recall(queries, images), recall(queries, texts)))
         if step % 50 == 49:
-            means = " ".join(f"{mean:.3f}" for mean in np.mean(seen[-50:], axis=0))
-            print(f"{tokens} tokens, step {step + 1}: {means}, {time.time() - started:.0f} s", flush=True)
+            nearest = ((queries @ documents.T).argmax(1) for documents in (images, texts))
+            recalls = ", ".join(f"{(found == labels).float().mean():.3f}" for found in nearest)
+            print(f"{tokens} tokens, step {step + 1}: {loss:.3f}, {recalls}, {time.time() - started:.0f} s", flush=True)
 
 
 def main(start: Path, out: Path) -> None:

@@ -1,6 +1,5 @@
 """Room Model: the vectors are those of the authors' own code, whatever shares a batch, or there are none."""
 
-import functools
 import json
 import platform
 import random
@@ -15,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, WIDE, Case, Patch, golden
+from conftest import TOY, WIDE, Patch, golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,28 +25,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 import gme_service as gme
 
 CPU = torch.device("cpu")
+MODEL = gme.Model(TOY, CPU, torch.float32)
 FEW = 270  # tokens: a CPU computes float16 many times slower than the others
 PROBES = [gme.Source("a red circle, and then nothing"), gme.Source("a text of another length than the one before it")]
-attention, arange = functional.scaled_dot_product_attention, torch.arange
+attention, rotate = functional.scaled_dot_product_attention, gme.rotate
 
 
 def prepare(sources: Sequence[gme.Source], max_length: int = 1800) -> list[gme.Input]:
     return gme.Preparer(TOY, max_length, 10**8)(sources)  # the wide checkpoint has the same tokenizer
 
 
-@functools.cache
-def cases() -> list[tuple[Case, gme.Input]]:
-    sources = [gme.Source(case.text, case.data, case.prompt or gme.DEFAULT_INSTRUCTION) for case in golden()]
-    return list(zip(golden(), prepare(sources), strict=True))
-
-
-@functools.cache
-def toy() -> gme.Model:
-    return gme.Model(TOY, CPU, torch.float32)
+GOLDEN = prepare([gme.Source(case.text, case.data, case.prompt or gme.DEFAULT_INSTRUCTION) for case in golden()])
 
 
 def inputs(*numbers: int) -> list[gme.Input]:
-    return [cases()[number][1] for number in numbers]
+    return [GOLDEN[number] for number in numbers]
 
 
 def assert_golden(model: gme.Model, *numbers: int, least: float | None = None, wide: bool = False) -> None:
@@ -65,21 +57,11 @@ def assert_golden(model: gme.Model, *numbers: int, least: float | None = None, w
 def mixed_batches(numbers: Sequence[int]) -> Iterator[list[int]]:
     """Each of the cases in one random batch of those with its instruction, one of them twice."""
     chance = random.Random(0)
-    for prefix in sorted({cases()[number][1].prefix for number in numbers}):
-        group = [number for number in numbers if cases()[number][1].prefix == prefix]
+    for prefix in sorted({one.prefix for one in inputs(*numbers)}):
+        group = [number for number in numbers if GOLDEN[number].prefix == prefix]
         chance.shuffle(group)
-        while group:
-            batch = [group.pop() for _ in range(min(len(group), chance.randint(2, 6)))]
-            yield [*batch, batch[0]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The checkpoints are too small to gain from more, and they lose much where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+        for start in range(0, len(group), 4):
+            yield [*group[start : start + 4], group[start]]
 
 
 # --------------------------------------------------------------------------------------------------------- vectors
@@ -99,9 +81,8 @@ def test_alone_and_in_a_mixed_batch_an_input_has_the_authors_vector(
     checkpoint: Path, dtype: torch.dtype, least: float | None
 ) -> None:
     model, wide = gme.Model(checkpoint, CPU, dtype), checkpoint == WIDE
-    costs = {case.number: one.cost for case, one in cases()}
     few = FEW if checkpoint == TOY and dtype != torch.float32 else 10_000
-    numbers = [case.number for case in golden(wide) if costs[case.number] <= few]
+    numbers = [case.number for case in golden(wide) if GOLDEN[case.number].cost <= few]
     for batch in [*mixed_batches(numbers), *([number] for number in numbers)]:
         assert_golden(model, *batch, least=least, wide=wide)
 
@@ -150,16 +131,11 @@ def cache_ignored(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *
     return attention(query, key[..., -own:, :], value[..., -own:, :], mask, **options)
 
 
-def positions_shifted(start: int, end: int | None = None, **options: Any) -> Tensor:
-    """Every sequence begins at position 0, that behind a cached prefix too."""
-    return arange(start if end is None else end - start, **options)
-
-
 BREAKS = [
     (functional, attention.__name__, cache_ignored),
-    (functional, attention.__name__, lambda query, key, value, *_, **__: attention(query, key, value)),  # padding seen
+    (functional, attention.__name__, lambda query, key, value, *_: attention(query, key, value)),  # padding seen
     (functional, attention.__name__, lambda query, *_, **__: query * float("nan")),
-    (torch, "arange", positions_shifted),
+    (gme, "rotate", lambda x, angles: rotate(x, angles - angles[:1])),  # positions from 0 on, behind a prefix too
 ]
 
 
@@ -185,7 +161,7 @@ OTHER = SimpleNamespace(
 )
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch has them for this machine only")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch may have them for this machine only")
 @pytest.mark.parametrize("operators", [SimpleNamespace(), OTHER], ids=["missing", "other"])
 def test_without_onednns_operators_the_vectors_are_the_same(
     monkeypatch: Patch, caplog: pytest.LogCaptureFixture, operators: SimpleNamespace
@@ -233,8 +209,8 @@ class WithoutGuards(TorchFunctionMode):
 
 def test_on_cuda_no_operation_mixes_devices() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutGuards():  # no content: shapes, dtypes and devices alone
-        vectors = gme.Model(TOY, torch.device("cuda:0"), torch.float16).forward(inputs(0, 26, 43))
-    assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (3, toy().dimension))
+        vectors = gme.Model(TOY, torch.device("cuda:0"), torch.float16).forward(inputs(0, 26, 43))[0]
+    assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (3, MODEL.dimension))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +229,6 @@ def test_what_fails_is_told_apart_and_the_next_batch_works(
     with monkeypatch.context() as broken:
         broken.setattr(functional, "normalize", Mock(side_effect=fault))
         with pytest.raises(kind) as raised:
-            toy().embed(inputs(0))
+            MODEL.embed(inputs(0))
     assert raised.type is kind
-    assert_golden(toy(), 0)
+    assert_golden(MODEL, 0)

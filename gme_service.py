@@ -774,9 +774,8 @@ class Batcher:
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Section 3 bounds images, section 5 what one
-# input does to others. Left to the proxy (deploy/nginx.conf): slow clients, dead connections, floods of pipelined
-# requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
+# JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, dead
+# connections, floods of requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 # Values that clients send and that hold anyway
@@ -824,8 +823,6 @@ def error_body(status: int, sentence: str) -> dict[str, Any]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody reads
     if not isinstance(error, HTTPException):  # which FastAPI raises for a route or a method that there is not
         ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
@@ -936,10 +933,8 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
-    if not sources:
-        raise InputError(InputError.example)
-    if len(sources) > most:
-        raise TooLargeError(f"The request has more than {most} inputs: send fewer.")
+    if not 1 <= len(sources) <= most:
+        raise (TooLargeError if sources else InputError)(f"The request has {len(sources)} inputs: send 1 to {most}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     disconnect.add_done_callback(lambda _: answer.cancel())
@@ -962,7 +957,8 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
     Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
     about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
-    handlers = dict.fromkeys((ServiceError, ClientDisconnect, HTTPException, Exception), on_error)
+    handlers: dict[Any, Any] = dict.fromkeys((ServiceError, HTTPException, Exception), on_error)
+    handlers[ClientDisconnect] = lambda *_: Response(status_code=499)  # which nobody reads
     app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
     most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
 
@@ -978,10 +974,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     errors: dict[int | str, Any] = {kind.status: example(error_body(kind.status, kind.example)) for kind in kinds}
     guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
 
-    def post(path: str, body: type[BaseModel], answer: object) -> Callable[..., Any]:
+    def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:
         """A route that reads its body by itself, after the key has been checked, and what /docs shows of it."""
-        media_type = "multipart/form-data" if body is ImageForm else "application/json"
-        described = {"required": True, "content": {media_type: {"schema": body.model_json_schema()}}}
+        described = {"required": True, "content": {media: {"schema": body.model_json_schema()}}}
         responses = {200: example(answer)} | errors
         return app.post(path, **guarded, responses=responses, openapi_extra={"requestBody": described})
 
@@ -1002,7 +997,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         sources = [Source(text, None, body.prompt, f"Input {number}: ") for number, text in enumerate(body.texts, 1)]
         return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
-    @post("/embed/image", ImageForm, {"embeddings": vectors})
+    @post("/embed/image", ImageForm, {"embeddings": vectors}, "multipart/form-data")
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         sources = await read_form(request, most)

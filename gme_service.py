@@ -48,7 +48,6 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import safe_open
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -816,18 +815,16 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_body(status: int, sentence: str) -> dict[str, Any]:
+def error_body(error: ServiceError) -> dict[str, Any]:
     """`detail` for our clients and those made for Jina's service, `error` for OpenAI's."""
-    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-    return {"detail": sentence, "error": {"message": sentence, "type": kind, "code": None}}
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"detail": str(error), "error": {"message": str(error), "type": kind, "code": None}}
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):  # which FastAPI raises for a route or a method that there is not
-        ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
-        error = HTTPException(ours.status, str(ours), headers)
-    return json_response(error_body(error.status_code, error.detail), error.status_code, error.headers)
+    ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
+    return json_response(error_body(ours), ours.status, headers)
 
 
 class Guard:
@@ -957,7 +954,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
     Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
     about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
-    handlers: dict[Any, Any] = dict.fromkeys((ServiceError, HTTPException, Exception), on_error)
+    handlers: dict[Any, Any] = {ServiceError: on_error, Exception: on_error}
     handlers[ClientDisconnect] = lambda *_: Response(status_code=499)  # which nobody reads
     app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
     most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
@@ -971,7 +968,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         return {"content": {"application/json": {"example": answer}}}
 
     kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-    errors: dict[int | str, Any] = {kind.status: example(error_body(kind.status, kind.example)) for kind in kinds}
+    errors: dict[int | str, Any] = {kind.status: example(error_body(kind(kind.example))) for kind in kinds}
     guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
 
     def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:

@@ -29,7 +29,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from http import HTTPMethod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -840,8 +839,6 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
-        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
-            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
             nonlocal received, coming

@@ -36,7 +36,6 @@ import numpy as np
 import orjson
 import torch
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
@@ -1019,7 +1018,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         """Which model runs, where, and how much waits for it."""
         return json_response(healthy | {"queue_depth": len(batcher.waiting)})
 
-    app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, max_body=settings.max_body_mb * 2**20)  # the last is the first that a request meets

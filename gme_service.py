@@ -775,8 +775,7 @@ class Batcher:
 # connections, floods of requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-# Values that clients send and that hold anyway
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 PROMPT = "The instruction: give one with queries, none with documents."

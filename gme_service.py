@@ -812,16 +812,13 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_body(error: ServiceError) -> dict[str, Any]:
-    """`detail` for our clients and those made for Jina's service, `error` for OpenAI's."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"detail": str(error), "error": {"message": str(error), "type": kind, "code": None}}
-
-
 async def on_error(request: Request, error: Exception) -> Response:
+    """`detail` is for our clients and those made for Jina's service, `error` for OpenAI's."""
     ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
-    return json_response(error_body(ours), ours.status, headers)
+    kind = "server_error" if ours.status >= 500 else "invalid_request_error"
+    body = {"detail": str(ours), "error": {"message": str(ours), "type": kind, "code": None}}
+    return json_response(body, ours.status, headers)
 
 
 class Guard:
@@ -949,8 +946,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
     Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
     about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
-    handlers: dict[Any, Any] = {ServiceError: on_error, Exception: on_error}
-    handlers[ClientDisconnect] = lambda *_: Response(status_code=499)  # which nobody reads
+    handlers: Any = {ServiceError: on_error, Exception: on_error, ClientDisconnect: lambda *_: Response("", 499)}
     app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
     most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
 
@@ -963,7 +959,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         return {"content": {"application/json": {"example": answer}}}
 
     kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-    errors: dict[int | str, Any] = {kind.status: example(error_body(kind(kind.example))) for kind in kinds}
+    errors: dict[int | str, Any] = {kind.status: example({"detail": kind.example}) for kind in kinds}
     guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
 
     def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:

@@ -778,7 +778,6 @@ TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
-PROMPT = "The instruction: give one with queries, none with documents."
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 
 
@@ -786,7 +785,7 @@ class Texts(BaseModel, extra="forbid"):
     """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
 
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
-    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
+    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
 
 
 class ImageForm(BaseModel):
@@ -794,7 +793,7 @@ class ImageForm(BaseModel):
 
     file: list[bytes] = Field(description="One or more image files: one embedding each.")
     text: str = Field("", description="A text to fuse with each image.", examples=[""])
-    prompt: str = Field("", description=PROMPT, examples=[""])
+    prompt: str = Field("", description="Give one with queries, none with documents.", examples=[""])
 
 
 class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{"input": EXAMPLE}]}):
@@ -805,7 +804,7 @@ class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="Only the model's own.")
     user: str = Field("", description="Ignored.")
-    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
+    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -772,7 +772,8 @@ class Batcher:
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
 # JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, dead
-# connections, floods of requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
+# connections, floods of requests, TLS; to uvicorn's h11: floods of headers, and to drop what a refused client still
+# sends, so that it reads why; to systemd: memory that runs away.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
@@ -821,47 +822,30 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the size of bodies, and refusals that clients get to see.
-
-    A client that is still sending when its connection ends may not see the answer. So an answer that comes early is
-    sent but for its end, which waits until the rest of the body, up to 8 of the largest size, has been dropped.
-    """
+    """ASGI middleware in front of all routes: bounds each body as it comes, and all together."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
         self.app, self.max_body = app, max_body  # bytes
         self.open_bytes = 0  # of the bodies of all requests under way: at most 32 of the largest size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
+        received = 0
 
         async def receive_counted() -> Message:
-            nonlocal received, coming
+            nonlocal received
             message = await receive()
-            size, coming = len(message.get("body", b"")), message.get("more_body", False)
-            received += size
-            self.open_bytes += size
+            received += len(message.get("body", b""))
+            self.open_bytes += len(message.get("body", b""))
             if received > self.max_body:
                 raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
             if self.open_bytes > 32 * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_but_for_end(message: Message) -> None:
-            if coming and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            elif coming:
-                message["more_body"] = True
-            await send(message)
-
         try:
-            await self.app(scope, receive_counted, send_but_for_end)
+            await self.app(scope, receive_counted, send)
         finally:
             self.open_bytes -= received
-        if coming:
-            while coming and received < 8 * self.max_body:
-                message = await receive()
-                received, coming = received + len(message.get("body", b"")), message.get("more_body", False)
-            await send({"type": "http.response.body"})
 
 
 async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:

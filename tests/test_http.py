@@ -407,13 +407,6 @@ def test_a_client_that_still_sends_reads_why_it_is_refused(
         assert (answer.status_code, bool(answer.json()["detail"])) == (status, True)
 
 
-def test_a_client_that_never_ends_is_left(direct: Address) -> None:
-    with connect(direct) as endless:
-        endless.sendall(b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
-        with pytest.raises(ConnectionError):
-            endless.sendall(bytes(100 * 2**20))  # of which it reads a few
-
-
 def test_who_asks_before_sending_is_told_to_go_on_or_why_not(direct: Address) -> None:
     body = b'{"texts": ["a"]}'
     for key, size, answer in ((KEY, len(body), b"100"), ("wrong", len(body), b"401")):

@@ -771,9 +771,8 @@ class Batcher:
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, dead
-# connections, floods of requests, TLS; to uvicorn's h11: floods of headers, and to drop what a refused client still
-# sends, so that it reads why; to systemd: memory that runs away.
+# JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
+# requests, TLS; to uvicorn's h11: floods of headers, and what a refused client still sends; to systemd: memory.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
@@ -817,8 +816,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
     kind = "server_error" if ours.status >= 500 else "invalid_request_error"
-    body = {"detail": str(ours), "error": {"message": str(ours), "type": kind, "code": None}}
-    return json_response(body, ours.status, headers)
+    return json_response({"detail": str(ours), "error": {"message": str(ours), "type": kind}}, ours.status, headers)
 
 
 class Guard:

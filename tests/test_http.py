@@ -88,7 +88,7 @@ def detail(response: Any, status: int) -> str:
     body = response.json()
     sentence = body.pop("detail")
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    assert body == {"error": {"message": sentence, "type": kind, "code": None}}
+    assert body == {"error": {"message": sentence, "type": kind}}
     return sentence
 
 

@@ -889,13 +889,12 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
     if isinstance(item, str):
         item = {"image" if DATA_URI.match(item) else "text": item}
     given = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
-    image = given.get("image")
     try:
         if not given or given.keys() - {"text", "image"} or not all(isinstance(x, str) for x in given.values()):
             raise ValueError
-        if image is not None:  # of a data URI, what follows its comma
-            image = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-        return Source(given.get("text", ""), image, instruction, name)
+        if "image" in given:  # of a data URI, what follows its comma
+            given["image"] = base64.b64decode("".join(given["image"].rpartition(",")[2].split()), validate=True)
+        return Source(**given, instruction=instruction, name=name)
     except ValueError:
         hint = "no URL is fetched, and no token ids are read (in LangChain: check_embedding_ctx_length=False)"
         raise InputError(f"{name}send {ITEM}; {hint}.") from None

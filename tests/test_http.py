@@ -178,17 +178,14 @@ def test_models_and_health_say_what_runs_where(client: httpx.Client) -> None:
     assert health == {"status": "ok", **where, "queue_depth": 0}
 
 
-HARMLESS = [
-    dict.fromkeys(["model", "encoding_format", "dimensions", "user", "prompt", "task", "messages"]),
-    {"model": "jina-clip-v1", "normalized": True, "embedding_type": "float", "truncate": True},
-    {"dimensions": 128, "user": "user-1", "encoding_format": "float"},
-]
-
-
-@pytest.mark.parametrize("more", HARMLESS, ids=["null", "Jina", "OpenAI"])
-def test_what_changes_nothing_is_accepted(client: httpx.Client, more: dict[str, object]) -> None:
+def test_what_changes_nothing_is_accepted(client: httpx.Client) -> None:
     items = [{"text": None, "image": DATA_URI}, {"text": "a", "image": None}]
-    np.testing.assert_array_equal(create(client, items, **more), create(client, [{"image": BASE64}, "a"]))
+    for more in (
+        dict.fromkeys(["model", "encoding_format", "dimensions", "user", "prompt", "task", "messages"]),
+        {"model": "jina-clip-v1", "normalized": True, "embedding_type": "float", "truncate": True},
+        {"dimensions": 128, "user": "user-1", "encoding_format": "float"},
+    ):
+        np.testing.assert_array_equal(create(client, items, **more), create(client, [{"image": BASE64}, "a"]))
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

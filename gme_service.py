@@ -29,15 +29,13 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from http import HTTPMethod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
 import torch
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from filelock import FileLock
@@ -48,7 +46,6 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import safe_open
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -690,33 +687,22 @@ class Batcher:
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
-#
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Section 3 bounds images, section 5 what one
-# input does to others. Left to the proxy (deploy/nginx.conf): slow clients, dead connections, floods of pipelined
-# requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory that runs away.
-
+# JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
+# requests, TLS; to uvicorn's h11: floods of headers, and what a refused client still sends; to systemd: memory.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-MAX_OPEN_BODIES = 32  # bodies of the largest size in memory at a time
-LINGER_BODIES = 8  # a refused body is read and dropped up to so many times the largest size
-JSON_OBJECT = TypeAdapter(dict[str, Any])
-# Values that clients send and that hold anyway
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
-TOO_MANY = "The request has more than {} inputs: send fewer."
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
-PROMPT = "The instruction: give one with queries, none with documents."
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
-VECTORS = [[0.0134, -0.0127, 0.0451]]
-B = TypeVar("B", bound=BaseModel)
 
 
 class Texts(BaseModel, extra="forbid"):
     """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
 
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
-    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
+    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
 
 
 class ImageForm(BaseModel):
@@ -724,7 +710,7 @@ class ImageForm(BaseModel):
 
     file: list[bytes] = Field(description="One or more image files: one embedding each.")
     text: str = Field("", description="A text to fuse with each image.", examples=[""])
-    prompt: str = Field("", description=PROMPT, examples=[""])
+    prompt: str = Field("", description="Give one with queries, none with documents.", examples=[""])
 
 
 class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{"input": EXAMPLE}]}):
@@ -735,87 +721,49 @@ class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="Only the model's own.")
     user: str = Field("", description="Ignored.")
-    prompt: str = Field(DEFAULT_INSTRUCTION, description=PROMPT)
-
-
-def example(answer: object) -> dict[str, Any]:
-    return {"content": {"application/json": {"example": answer}}}
-
-
-def described(body: type[BaseModel], answer: object) -> dict[str, Any]:
-    """What /docs shows of a route that reads its body by itself."""
-    media_type = "multipart/form-data" if body is ImageForm else "application/json"
-    request = {"required": True, "content": {media_type: {"schema": body.model_json_schema()}}}
-    return {"requestBody": request, "responses": {"200": example(answer)}}
+    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
 
 
-def error_body(status: int, sentence: str) -> dict[str, Any]:
-    """`detail` for our clients and those made for Jina's service, `error` for OpenAI's."""
-    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-    return {"detail": sentence, "error": {"message": sentence, "type": kind, "code": None}}
-
-
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # which nobody reads
-    if not isinstance(error, HTTPException):  # which FastAPI raises for a route or a method that there is not
-        ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
-        error = HTTPException(ours.status, str(ours), headers)
-    return json_response(error_body(error.status_code, error.detail), error.status_code, error.headers)
+    """`detail` is for our clients and those made for Jina's service, `error` for OpenAI's."""
+    ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
+    kind = "server_error" if ours.status >= 500 else "invalid_request_error"
+    return json_response({"detail": str(ours), "error": {"message": str(ours), "type": kind}}, ours.status, headers)
 
 
 class Guard:
-    """ASGI middleware in front of all routes: the size of bodies, and refusals that clients get to see.
-
-    A client that is still sending when its connection ends may not see the answer. So an answer that comes early is
-    sent but for its end, which waits until the rest of the body has been read and dropped, up to a bound.
-    """
+    """ASGI middleware in front of all routes: bounds each body as it comes, and all together."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
         self.app, self.max_body = app, max_body  # bytes
-        self.open_bytes = 0  # of the bodies of all requests under way
+        self.open_bytes = 0  # of the bodies of all requests under way: at most 32 of the largest size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received, coming = 0, scope.get("method", "GET") != "GET"  # whether a body may still be
-        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
-            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
+        received = 0
 
         async def receive_counted() -> Message:
-            nonlocal received, coming
+            nonlocal received
             message = await receive()
-            size, coming = len(message.get("body", b"")), message.get("more_body", False)
-            received += size
-            self.open_bytes += size
+            received += len(message.get("body", b""))
+            self.open_bytes += len(message.get("body", b""))
             if received > self.max_body:
                 raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
-            if self.open_bytes > MAX_OPEN_BODIES * self.max_body:
+            if self.open_bytes > 32 * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_but_for_end(message: Message) -> None:
-            if coming and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            elif coming:
-                message["more_body"] = True
-            await send(message)
-
         try:
-            await self.app(scope, receive_counted, send_but_for_end)
+            await self.app(scope, receive_counted, send)
         finally:
             self.open_bytes -= received
-        if coming:
-            while coming and received < LINGER_BODIES * self.max_body:
-                message = await receive()
-                received, coming = received + len(message.get("body", b"")), message.get("more_body", False)
-            await send({"type": "http.response.body"})
 
 
-async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
+async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
     # A parser takes seconds for 32 MB of small values: what lies outside the strings is bounded first.
@@ -823,7 +771,7 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
     if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        given = itertools.islice(JSON_OBJECT.validate_json(body).items(), 100)  # of more, one is unknown
+        given = TypeAdapter(dict[str, Any]).validate_json(body).items()
         return kind.model_validate({name: x for name, x in given if x is not None and IGNORED.get(name) != x})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -833,17 +781,15 @@ async def read_json(request: Request, kind: type[B], max_inputs: int) -> B:
 
 async def read_form(request: Request, max_files: int) -> list[Source]:
     """The images of a multipart form, which stays in memory. Raises `MalformedError` or `TooLargeError`."""
-    files: list[Any] = []
-    fields: list[multipart.Field] = []
-    ended, config = asyncio.Event(), {"MAX_MEMORY_FILE_SIZE": math.inf}
+    files, fields, ended = list[Any](), list[multipart.Field](), asyncio.Event()
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
-    boundary = options.get(b"boundary")
+    boundary, config = options.get(b"boundary"), {"MAX_MEMORY_FILE_SIZE": math.inf}
     try:
         parser = multipart.FormParser(kind.decode(), fields.append, files.append, ended.set, boundary, config=config)
         async for chunk in request.stream():
             parser.write(chunk)
             if len(files) + len(fields) - 2 > max_files:
-                raise TooLargeError(TOO_MANY.format(max_files))
+                raise TooLargeError(f"The form has more than {max_files} files: send fewer.")
         texts = {field.field_name: (field.value or b"").decode() for field in fields}
         once = len(texts) == len(fields) and texts.keys() <= {b"text", b"prompt"}
         if not ended.is_set() or not once or {file.field_name for file in files} != {b"file"}:
@@ -858,16 +804,14 @@ async def read_form(request: Request, max_files: int) -> list[Source]:
 def read_item(item: Any, name: str, instruction: str) -> Source:
     """An item of OpenAI's `input`. Raises `InputError`."""
     if isinstance(item, str):
-        item = {"image": item} if DATA_URI.match(item) else {"text": item}
+        item = {"image" if DATA_URI.match(item) else "text": item}
     given = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
     try:
         if not given or given.keys() - {"text", "image"} or not all(isinstance(x, str) for x in given.values()):
             raise ValueError
-        image = given.get("image")
-        if image is not None:
-            uri = DATA_URI.match(image)
-            image = base64.b64decode("".join(image[uri.end() if uri else 0 :].split()), validate=True)
-        return Source(given.get("text", ""), image, instruction, name)
+        if "image" in given:  # of a data URI, what follows its comma
+            given["image"] = base64.b64decode("".join(given["image"].rpartition(",")[2].split()), validate=True)
+        return Source(**given, instruction=instruction, name=name)
     except ValueError:
         hint = "no URL is fetched, and no token ids are read (in LangChain: check_embedding_ctx_length=False)"
         raise InputError(f"{name}send {ITEM}; {hint}.") from None
@@ -875,10 +819,8 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
-    if not sources:
-        raise InputError(InputError.example)
-    if len(sources) > most:
-        raise TooLargeError(TOO_MANY.format(most))
+    if not 1 <= len(sources) <= most:
+        raise (TooLargeError if sources else InputError)(f"The request has {len(sources)} inputs: send 1 to {most}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
     disconnect.add_done_callback(lambda _: answer.cancel())
@@ -900,14 +842,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
     Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
     Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
-    app = FastAPIOffline(
-        title="GME Service",
-        version=__version__,
-        description=f"Multimodal embeddings of text and images by `{settings.model_id}`.",
-        lifespan=lambda _: batcher.running(),
-        exception_handlers=dict.fromkeys((ServiceError, ClientDisconnect, HTTPException, Exception), on_error),
-        redoc_url=None,
-    )
+    about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
+    handlers: Any = {ServiceError: on_error, Exception: on_error, ClientDisconnect: lambda *_: Response("", 499)}
+    app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
     most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
 
     async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
@@ -915,31 +852,43 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         if given is None or not secrets.compare_digest(given.credentials.encode("latin-1"), key):
             raise KeyRefusedError(KeyRefusedError.example)
 
+    def example(answer: object) -> dict[str, Any]:
+        return {"content": {"application/json": {"example": answer}}}
+
     kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-    errors = {kind.status: example(error_body(kind.status, kind.example)) for kind in kinds}
-    key = [Depends(check_key)] if settings.api_key else []  # which is checked before the body is read
-    ours: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key, "responses": errors}
-    openai = ours | {"tags": ["OpenAI's API"]}
+    errors: dict[int | str, Any] = {kind.status: example({"detail": kind.example}) for kind in kinds}
+    guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
+
+    def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:
+        """A route that reads its body by itself, after the key has been checked, and what /docs shows of it."""
+        described = {"required": True, "content": {media: {"schema": body.model_json_schema()}}}
+        responses = {200: example(answer)} | errors
+        return app.post(path, **guarded, responses=responses, openapi_extra={"requestBody": described})
 
     def openai_list(embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
         data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
 
-    @app.post("/embed/text", **ours, openapi_extra=described(Texts, {"embeddings": VECTORS}))
+    vectors = [[0.0134, -0.0127, 0.0451]]
+    healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
+    entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
+    models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
+
+    @post("/embed/text", Texts, {"embeddings": vectors})
     async def embed_text(request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, most)
         sources = [Source(text, None, body.prompt, f"Input {number}: ") for number, text in enumerate(body.texts, 1)]
         return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
-    @app.post("/embed/image", **ours, openapi_extra=described(ImageForm, {"embeddings": VECTORS}))
+    @post("/embed/image", ImageForm, {"embeddings": vectors}, "multipart/form-data")
     async def embed_image(request: Request) -> Response:
         """One embedding per file, in their order: of the image alone, or of image and text together."""
         sources = await read_form(request, most)
         return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
 
-    @app.post("/v1/embeddings", **openai, openapi_extra=described(OpenAIRequest, openai_list(VECTORS, 25)))
+    @post("/v1/embeddings", OpenAIRequest, openai_list(vectors, 25))
     async def openai_embeddings(request: Request) -> Response:
         """OpenAI's list object, with one embedding per input in their order."""
         body = await read_json(request, OpenAIRequest, most)
@@ -951,22 +900,16 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         in_base64 = (base64.b64encode(one).decode() for one in embeddings)
         return json_response(openai_list(in_base64 if body.encoding_format == "base64" else embeddings, tokens))
 
-    entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
-    models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
-
-    @app.get("/v1/models", **openai | {"responses": {200: example(models), 401: errors[401]}})
+    @app.get("/v1/models", **guarded, responses={200: example(models), 401: errors[401]})
     async def openai_models() -> Response:
         """OpenAI's list of models: the one there is."""
         return json_response(models)
-
-    healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
 
     @app.get("/health", tags=["State"], responses={200: example(healthy)})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
         return json_response(healthy | {"queue_depth": len(batcher.waiting)})
 
-    app.get("/", include_in_schema=False)(lambda: RedirectResponse("docs"))
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
     app.add_middleware(Guard, max_body=settings.max_body_mb * 2**20)  # the last is the first that a request meets

@@ -83,12 +83,6 @@ def test_openai(api: openai.OpenAI, expected: Expected) -> None:
     assert_same(vectors(api.embeddings.create(model="gme", input=URI)), expected(RED))
 
 
-def test_openai_is_told_which_field_to_change(api: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        api.embeddings.create(model="gme", input="a red circle", dimensions=64)
-    assert "dimensions" in raised.value.body["message"]
-
-
 def test_langchain(url: str, expected: Expected) -> None:
     langchain_openai = pytest.importorskip("langchain_openai")
     options = {"base_url": url, "api_key": "any", "model": "gme", "check_embedding_ctx_length": False}
@@ -97,17 +91,6 @@ def test_langchain(url: str, expected: Expected) -> None:
     assert_same(documents.embed_documents([*TEXTS, URI]), expected(*TEXTS, RED))
     assert_same(asyncio.run(documents.aembed_documents(TEXTS)), expected(*TEXTS))
     assert_same([queries.embed_query(TEXTS[0])], expected(TEXTS[0], prompt=PROMPT))
-
-
-def test_langchain_without_the_argument_is_told_of_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    langchain_openai = pytest.importorskip("langchain_openai")
-    core = pytest.importorskip("llama_index.core")
-    # LlamaIndex brings the vocabulary that tiktoken would download
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(core.__file__).parent / "_static" / "tiktoken_cache"))
-    options = {"base_url": url, "api_key": "any", "model": "gme"}
-    embeddings = langchain_openai.OpenAIEmbeddings(**options, tiktoken_model_name="gpt-4")
-    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length"):
-        embeddings.embed_documents(TEXTS)
 
 
 def test_llama_index(url: str, expected: Expected) -> None:

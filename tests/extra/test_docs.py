@@ -53,7 +53,7 @@ def execute(block: playwright.Locator, path: str) -> playwright.Response:
 
 
 def test_a_route_is_called_with_its_own_example(page: playwright.Page, server: Server) -> None:
-    page.goto(server.url)  # which leads to the page
+    page.goto(f"{server.url}/docs")
     block = opened(page, "/v1/embeddings")
     answer = execute(block, "/v1/embeddings")
     assert answer.status == 200

@@ -1,8 +1,8 @@
 """GME Service: multimodal embeddings of text and images over HTTP, from one module.
 
 What flows through it: `Source`, what a client sent (text, image bytes, an instruction); `Input`, what the model reads
-(token ids, pixel patches); and an embedding, the L2-normalised float32 vector of the model's authors. Where a rule is
-theirs, the docstring says so. What is protected against, and what is left to others, stands at the top of section 6.
+(token ids, pixel patches); and an embedding, the L2-normalised float32 vector of the model's authors. What is protected
+against, and what is left to others, stands at the top of section 6.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import secrets
 import signal
@@ -29,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from http import HTTPMethod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -170,11 +170,14 @@ def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
 def verify(settings: Settings) -> str:
     """Compare the files with the sums noted after their download. Raises `StartError` with those that differ."""
     directory = settings.model_dir / settings.model_id
-    sums, found = directory / "SHA256SUMS", file_sums(directory)
+    sums, found, advice = directory / "SHA256SUMS", file_sums(directory), "Delete them, and start again."
+    if not found:
+        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
     if not sums.exists():
-        find_checkpoint(settings, compare=True)  # after which those that differed are the hub's
+        find_checkpoint(settings, compare=True)
+        advice = "The hub's have taken their place."
     if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
-        raise StartError(f"Wrong in {directory}: {', '.join(wrong)}. Verify again, and delete what is named then.")
+        raise StartError(f"Not as published, in {directory}: {', '.join(wrong)}. {advice}")
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
@@ -270,10 +273,8 @@ class Preparer:
             pixels = self.read_image(source.name, source.image)
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
             if start + rows * columns > self.max_length:
-                counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it are over"
-                raise InputError(
-                    f"{counted} {self.max_length}: shorten the prompt, or raise the server's GME_MAX_LENGTH."
-                )
+                counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it"
+                raise InputError(f"{counted} are over {self.max_length}: shorten the prompt, or raise GME_MAX_LENGTH.")
             token_ids[start : start + 1] = [token_ids[start]] * (rows * columns)
             blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
             grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
@@ -313,8 +314,8 @@ class Preparer:
                 second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
                 return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
         except Image.DecompressionBombError:
-            most = f"{self.max_pixels} pixels, or {MAX_SIDE} on a side"
-            raise TooLargeError(f"{name}The image has over {most}: scale it down.") from None
+            most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
+            raise TooLargeError(f"{name}The image is over {most}: scale it down.") from None
         except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
             raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
@@ -336,7 +337,7 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
     """Set torch up for a CPU. Returns what lays a weight out, multiplies by it, and attends within an image."""
     if width < 512:
         torch.set_num_threads(1)  # the products of a small model are too short for two
-    if platform.machine() == "x86_64" and not torch.cpu.get_capabilities().get("amx_bf16"):
+    if torch.cpu.get_capabilities().get("avx2") and not torch.cpu.get_capabilities().get("amx_bf16"):
         torch.set_float32_matmul_precision("medium")  # oneDNN in place of MKL; with AMX, and on ARM, it would round
 
     def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -487,10 +488,9 @@ class Model:
             raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
 
     def check(self, texts: Sequence[Input]) -> None:
-        """A probe: texts, the first with a small image, embedded together, and alone without the prefix cache.
+        """A probe at start: texts, the first with a small image, together, and alone without the prefix cache.
 
-        `texts` share their instruction and have at least 8 tokens behind it. Raises `StartError` when the two disagree
-        by more than the dtype rounds: a library that changed must not mean wrong embeddings.
+        Raises `StartError` when they differ by more than rounding. Each has 8 tokens or more behind the instruction.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
         inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
@@ -504,15 +504,13 @@ class Model:
 
 def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what; `auto` is what suits. Raises `StartError` for a device that cannot be used."""
-    if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device_name)
+        device = torch.device(best if device_name == "auto" else device_name)
         torch.ones(1, device=device).item()  # "meta" has no numbers
-    except torch.OutOfMemoryError:
-        raise  # the process before this one may still hold the memory: systemd tries again
-    except (RuntimeError, AssertionError) as error:
-        raise StartError(f"GME_DEVICE={device_name} cannot be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # memory may be taken by the process before: systemd tries again
+        kind = SystemExit if isinstance(error, torch.OutOfMemoryError) else StartError
+        raise kind(f"GME_DEVICE={device_name} cannot be used: {str(error).splitlines()[0]}") from None
     if dtype_name == "auto":
         native = any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
         dtype_name = "float16" if device.type == "cuda" else "bfloat16" if native else "float32"
@@ -530,9 +528,7 @@ CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent
 
 
 @dataclass(slots=True)
-class Waiting:
-    """An input that has no answer yet."""
-
+class Waiting:  # an input that has no answer yet
     order: int  # the lowest goes first
     arrived: float
     future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
@@ -745,6 +741,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
+        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
+            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
             nonlocal received
@@ -919,7 +917,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 # --------------------------------------------------------------------------------------------------------- 7. app
 def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
-    settings = Settings.load()
+    started, settings = time.perf_counter(), Settings.load()
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
@@ -932,7 +930,8 @@ def build() -> FastAPI:
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
     key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
-    log.info(f"GME Service {__version__}: {settings.model_id} on {device} in {dtype} from {directory}; {key}.")
+    what = f"{settings.model_id} from {directory} on {device} in {dtype}, {model.dimension} dimensions"
+    log.info(f"GME Service {__version__}: {what}, loaded in {time.perf_counter() - started:.1f} s; {key}.")
     return create_app(settings, batcher, model)
 
 

@@ -133,6 +133,9 @@ def test_a_shard_with_wrong_bytes_is_refused(hub: Hub, checkpoint: Path) -> None
 
 @pytest.mark.parametrize("command", [UVICORN, ("gme_service.py", "--verify")])
 def test_with_no_hub_a_sentence_says_what_to_do(checkpoint: Path, command: tuple[str, ...]) -> None:
+    if "--verify" in command:
+        assert "start the service" in run(*command).stderr
+        shutil.copytree(TOY, checkpoint)
     end = run(*command, MODELSCOPE_ENDPOINT=CLOSED_PORT)
     assert end.returncode == 1  # with which systemd starts it again
     assert "Traceback" not in end.stderr

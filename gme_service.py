@@ -1,8 +1,8 @@
 """GME Service: multimodal embeddings of text and images over HTTP, from one module.
 
 What flows through it: `Source`, what a client sent (text, image bytes, an instruction); `Input`, what the model reads
-(token ids, pixel patches); and an embedding, the L2-normalised float32 vector of the model's authors. What is protected
-against, and what is left to others, stands at the top of section 6.
+(token ids, pixel patches); and an embedding, as the authors' code gives it: an L2-normalised float32 vector. What is
+protected against, and what is left to others, stands at the top of section 6.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class StartError(Exception):
 
 
 class ServiceError(Exception):
-    """Why a request has no embeddings: a sentence for the client. Each kind has its HTTP status, and an example."""
+    """Why a request has no embeddings, in a sentence for the client. Each kind has its HTTP status, and an example."""
 
     status, example = 500, "A fault of the service: its log says more."
 
@@ -71,13 +71,13 @@ class ServiceError(Exception):
         cls.status, cls.example = status, example
 
 
-class InputError(ServiceError, status=400, example="The request has no input: send at least one."): ...
+class InputError(ServiceError, status=400, example="The request has 0 inputs: send 1 to 2048."): ...
 
 
 class KeyRefusedError(ServiceError, status=401, example="No valid API key: send `Authorization: Bearer <key>`."): ...
 
 
-class TooLargeError(ServiceError, status=413, example="The request has more than 2048 inputs: send fewer."): ...
+class TooLargeError(ServiceError, status=413, example="The request has 3000 inputs: send 1 to 2048."): ...
 
 
 class MalformedError(ServiceError, status=422, example="prompt: Input should be a valid string."): ...
@@ -101,13 +101,13 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     max_image_tokens: int = Field(1280, ge=256, le=16384)
     max_queue: int = Field(16384, ge=1)
     cache_mb: float = Field(64, ge=0, allow_inf_nan=False)
-    api_key: str | None = None
+    api_key: str | None = Field(None, min_length=1)
 
     @classmethod
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for the first variable that cannot be used."""
-        known = [f"GME_{field}".upper() for field in cls.model_fields]
-        for name in map(str.upper, os.environ):  # as pydantic takes them
+        known = [f"GME_{setting}".upper() for setting in cls.model_fields]
+        for name in map(str.upper, os.environ):  # pydantic ignores their case too
             if name.startswith("GME_") and name not in known:
                 raise StartError(f"{name} is no setting: use {difflib.get_close_matches(name, known, cutoff=0)[0]}.")
         try:
@@ -131,7 +131,7 @@ def is_complete(directory: Path) -> bool:
     try:
         for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
             json.loads((directory / name).read_bytes())
-        return all(safe_open(path, framework="np") for path in weight_files(directory))
+        return all(safe_open(path, framework="np") for path in weight_files(directory))  # each is true, or raises
     except Exception:  # whatever a damaged file makes its reader trip over
         return False
 
@@ -142,26 +142,26 @@ def file_sums(directory: Path) -> set[str]:
     return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
 
 
-def find_checkpoint(settings: Settings, compare: bool = False) -> Path:
-    """The directory of the checkpoint, fetched from ModelScope when it is not whole; with `compare`, in any case."""
+def find_checkpoint(settings: Settings, refetch: bool = False) -> Path:
+    """The checkpoint's directory, fetched from ModelScope where it is not whole, or with `refetch`, what differs."""
     directory = settings.model_dir / settings.model_id
-    if is_complete(directory) and not compare:
+    if is_complete(directory) and not refetch:
         return directory
-    os.environ.setdefault("HOME", str(settings.model_dir))  # the client has to have one
+    os.environ.setdefault("HOME", str(settings.model_dir))  # ModelScope's client has to have one
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
-    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file; 5 GB may take more than its hour
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file: its hour may not do for 5 GB
     bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # in a log they would be 90,000 lines an hour
     try:
         with FileLock(directory / ".lock"), contextlib.redirect_stderr(bars):  # one worker at a time
             from modelscope import snapshot_download  # takes 1.3 s, and is needed once
 
-            log.info("Downloading %s into %s, which grows to its size (2B: 8.8 GB).", settings.model_id, directory)
+            log.info("Downloading %s into %s (the 2B model has 8.8 GB).", settings.model_id, directory)
             snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
             if not is_complete(directory):
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
             (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
     except Exception as error:  # the client raises many kinds
-        kind = SystemExit if getattr(error, "retryable", False) else StartError  # after the first, systemd tries again
+        kind = SystemExit if getattr(error, "retryable", False) else StartError  # systemd restarts after SystemExit
         advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
         raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory
@@ -171,10 +171,10 @@ def verify(settings: Settings) -> str:
     """Compare the files with the sums noted after their download. Raises `StartError` with those that differ."""
     directory = settings.model_dir / settings.model_id
     sums, found, advice = directory / "SHA256SUMS", file_sums(directory), "Delete them, and start again."
-    if not found:
-        raise StartError(f"There is no checkpoint in {directory} yet: start the service to fetch it.")
+    if not sums.exists() and not is_complete(directory):
+        raise StartError(f"There is no whole checkpoint in {directory} yet: start the service to fetch it.")
     if not sums.exists():
-        find_checkpoint(settings, compare=True)
+        find_checkpoint(settings, refetch=True)
         advice = "The hub's have taken their place."
     if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
         raise StartError(f"Not as published, in {directory}: {', '.join(wrong)}. {advice}")
@@ -182,14 +182,13 @@ def verify(settings: Settings) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
-DEFAULT_INSTRUCTION = "You are a helpful assistant."
+DEFAULT_INSTRUCTION = "You are a helpful assistant."  # an instruction is what the API calls `prompt`
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
-MAX_PARTS = 30  # scans, each of which passes over a whole JPEG (encoders write about ten), and segments of EXIF
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
-CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go; an image is a chunk of its own
+CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go, and what an image counts: it is a chunk of its own
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
 
@@ -200,7 +199,7 @@ class Source:
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
-    name: str = ""  # what an error begins with
+    name: str = ""  # "Input 3: ", with which an error about it begins
 
     @property
     def weight(self) -> int:  # what it costs to prepare, in characters of text
@@ -208,11 +207,9 @@ class Source:
 
 
 @dataclass(slots=True)
-class Input:
-    """One input as the model reads it."""
-
+class Input:  # as the model reads it
     token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # the first of them, which it shares with others of its instruction: at most length - 1
+    prefix: tuple[int, ...]  # the first of them, as far as they are its instruction's: at most length - 1
     image_start: int = 0  # position of the first image token
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
@@ -251,11 +248,11 @@ class Preparer:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # A token is at most as many characters as the longest has bytes: what follows so many would be cut anyway.
+        # No token has more characters than the longest has bytes: what follows `max_chars` would be cut in any case.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
-        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of max_image_pixels, to decode at a time
+        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of the pixels to be decoded at a time
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
@@ -270,7 +267,7 @@ class Preparer:
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
         system_ids, start, grid, patches = self.system_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
         if source.image is not None:
-            pixels = self.read_image(source.name, source.image)
+            pixels = np.asarray(self.read_image(source.name, source.image))  # (height, width, 3)
             rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
             if start + rows * columns > self.max_length:
                 counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it"
@@ -283,15 +280,18 @@ class Preparer:
         prefix = ids[: min(len(system_ids), len(ids) - 1)]
         while prefix != system_ids[: len(prefix)]:  # white space at the start of a text joins "user\n"
             prefix.pop()
-        key = hashlib.sha256(repr((ids, start, grid)).encode() + (b"" if patches is None else patches.tobytes()))
+        key = hashlib.sha256(repr((ids, start, grid)).encode())
+        key.update(b"" if patches is None else patches.data)
         return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
-    def read_image(self, name: str, data: bytes) -> np.ndarray:
-        """Pixels (height, width, 3) of the first frame, upright and resized. Raises `InputError`, `TooLargeError`."""
+    def read_image(self, name: str, data: bytes) -> Image.Image:
+        """The first frame of an image file, upright, in RGB and resized. Raises `InputError`, `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_PARTS:
-                raise ValueError("The JPEG has more parts than a photo.")
-            # Of an AVIF, Pillow would read all EXIF at once; its irot and imir boxes say how to turn it.
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > 30:
+                raise ValueError(
+                    "A photo has about ten scans, each a pass over the whole image, and few EXIF segments."
+                )
+            # Hides the EXIF of an AVIF, which Pillow would read whole: its irot and imir boxes say how to turn it.
             file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data))
             file.deadline = time.thread_time() + 1  # to open it; more for its pixels
             with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
@@ -310,9 +310,10 @@ class Preparer:
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
                 # The two resizes of the authors' code: their own, then that of the published image processor.
                 width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-                first = min(width, 200 * height), min(height, 200 * width)
+                first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
                 second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
-                return np.asarray(rgb.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC))
+                once = rgb if rgb.size == first else rgb.resize(first, Image.Resampling.BICUBIC)
+                return once if once.size == second else once.resize(second, Image.Resampling.BICUBIC)
         except Image.DecompressionBombError:
             most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
             raise TooLargeError(f"{name}The image is over {most}: scale it down.") from None
@@ -338,7 +339,7 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
     if width < 512:
         torch.set_num_threads(1)  # the products of a small model are too short for two
     if torch.cpu.get_capabilities().get("avx2") and not torch.cpu.get_capabilities().get("amx_bf16"):
-        torch.set_float32_matmul_precision("medium")  # oneDNN in place of MKL; with AMX, and on ARM, it would round
+        torch.set_float32_matmul_precision("medium")  # oneDNN, not MKL; with AMX or on ARM it would round to bfloat16
 
     def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Head by head and 512 queries at a time: twice as fast as torch's own in bfloat16."""
@@ -354,12 +355,12 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
 
     attend = attend_in_chunks if dtype == torch.bfloat16 else functional.scaled_dot_product_attention
     try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-        lay_out = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)  # once, not in every call
+        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)  # once, not in every call
         x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
-        packed, expected = lay_out(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
+        packed, expected = pack(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
         if not torch.allclose(fused(fused(x, bias, packed), bias, packed, packed), expected, rtol=0.02, atol=0.002):
             raise RuntimeError("their products differ")
-        return lay_out, fused, attend
+        return pack, fused, attend
     except (AttributeError, RuntimeError, TypeError) as error:
         log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
     return Tensor.clone, multiply, attend
@@ -373,9 +374,8 @@ class Model:
         self.processor = json.loads((directory / "preprocessor_config.json").read_bytes())
         self.text, self.vision = config.get("text_config", config), config["vision_config"]
         self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
-        plain: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
-        on_cpu = device.type == "cpu"
-        self.lay_out, self.multiply, self.attend = speed_up_on_cpu(dtype, self.dimension) if on_cpu else plain
+        own: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
+        self.pack, self.multiply, self.attend = speed_up_on_cpu(dtype, self.dimension) if device.type == "cpu" else own
         files = [safe_open(path, framework="pt") for path in weight_files(directory)]
         read = {name: functools.partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118
         # By their published names: a current transformers saves `model.language_model.` and `model.visual.`
@@ -389,7 +389,7 @@ class Model:
         if found is None or found.shape != shape:
             raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
         weight = found.to(self.device, torch.float32 if exact else self.dtype)
-        return self.lay_out(weight) if packed else weight.clone()  # the file's own may change
+        return self.pack(weight) if packed else weight.clone()  # the file's own may change
 
     def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str = "") -> Tensor:
         weights = [self.weight(f"{one}.weight", width, x.shape[-1], packed=True) for one in (name, gate) if one]
@@ -414,14 +414,14 @@ class Model:
         hidden = functional.linear(pixels.flatten(1), patch.flatten(1))  # (P, width)
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         places = places.view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2)  # the four of each token together
-        pairs = width // heads // 4  # of numbers in a head, for the row and for the column each
+        pairs = width // heads // 4  # of a head's numbers: so many turn by the row, and as many by the column
         angles = (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1).to(device)
         for block in (f"visual.blocks.{number}" for number in range(self.vision["depth"])):
             qkv = self.linear(self.norm(hidden, f"{block}.norm1"), f"{block}.attn.qkv", 3 * width)
             qkv = qkv.view(-1, 3, 1, heads, width // heads).permute(1, 2, 3, 0, 4)  # (3, 1, heads, P, head_dim)
             attended = self.attend(*rotate(qkv[:2], angles), qkv[2])[0].transpose(0, 1).flatten(1)  # (P, width)
             hidden += self.linear(attended, f"{block}.attn.proj", width)
-            for part in hidden.split(512 if device.type == "cpu" else len(hidden)):  # views: so few stay in the cache
+            for part in hidden.split(512 if device.type == "cpu" else len(hidden)):  # views that fit a CPU's cache
                 inner = self.linear(self.norm(part, f"{block}.norm2"), f"{block}.mlp.fc1", 4 * width)
                 part += self.linear(torch.sigmoid(1.702 * inner).mul_(inner), f"{block}.mlp.fc2", width)  # quick_gelu
         merged = self.norm(hidden, "visual.merger.ln_q").view(-1, 4 * width)
@@ -430,7 +430,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """Unit embeddings (B, D), float32, of inputs that share their instruction: the last tokens' final states.
+        """Unit embeddings (B, D), float32, of inputs that share their prefix: the last tokens' final states.
 
         Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
         position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.
@@ -440,7 +440,6 @@ class Model:
         # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
         compute = self.prefix_states if shared <= 256 else self.prefix_states.__wrapped__
         past = compute(prefix) if prefix else []
-
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); none sees padding
@@ -450,7 +449,6 @@ class Model:
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches), *one.grid)
                 hidden[row, one.image_start - shared :][: len(image)] = image
-
         heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
         theta, head_dim = config.get("rope_theta") or config["rope_parameters"]["rope_theta"], width // heads
         positions = torch.arange(shared + hidden.shape[1], device=device)
@@ -468,7 +466,7 @@ class Model:
             key, value = both.repeat_interleave(heads // groups, 2)
             out = functional.scaled_dot_product_attention(rotate(query, angles).transpose(1, 2), key, value, mask)
             out = out.transpose(1, 2).flatten(2)  # (B, T, D)
-            if number == config["num_hidden_layers"] - 1:  # of which only the pooled tokens go on
+            if number == config["num_hidden_layers"] - 1:  # behind its attention only the pooled tokens go on
                 hidden, out = (x[torch.arange(len(rows), device=device), last] for x in (hidden, out))
             hidden += self.linear(out, f"{layer}.self_attn.o_proj", width, biased=False)
             normed = self.norm(hidden, f"{layer}.post_attention_layernorm")
@@ -490,29 +488,28 @@ class Model:
     def check(self, texts: Sequence[Input]) -> None:
         """A probe at start: texts, the first with a small image, together, and alone without the prefix cache.
 
-        Raises `StartError` when they differ by more than rounding. Each has 8 tokens or more behind the instruction.
+        Raises `StartError` when they differ by more than rounding. The image takes 4 tokens behind the first's prefix.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
         inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
-        alone = np.concatenate([self.embed([replace(one, prefix=())]) for one in inputs])
-        distance = 1 - (self.embed(inputs) * alone).sum(1).min()
+        alone = torch.cat([self.forward([replace(one, prefix=())])[0] for one in inputs])
+        distance = 1 - (self.forward(inputs)[0] * alone).sum(1).min().item()
         self.stored.clear()  # all weights are read: this closes their files
         if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # of rounding alone
-            reason = f"An image and a text have other embeddings together than alone (1 - cosine is {distance:.2g})"
+            reason = f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g})"
             raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
 
 
-def choose_device(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
+def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what; `auto` is what suits. Raises `StartError` for a device that cannot be used."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(best if device_name == "auto" else device_name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.ones(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:  # memory may be taken by the process before: systemd tries again
-        kind = SystemExit if isinstance(error, torch.OutOfMemoryError) else StartError
-        raise kind(f"GME_DEVICE={device_name} cannot be used: {str(error).splitlines()[0]}") from None
+        kind = SystemExit if "out of memory" in str(error) else StartError
+        raise kind(f"GME_DEVICE={name} cannot be used: {str(error).splitlines()[0]}") from None
     if dtype_name == "auto":
-        native = any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+        native = any(has and feature.endswith("bf16") for feature, has in torch.cpu.get_capabilities().items())
         dtype_name = "float16" if device.type == "cuda" else "bfloat16" if native else "float32"
     return device, getattr(torch, dtype_name)
 
@@ -543,14 +540,17 @@ class Waiting:  # an input that has no answer yet
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
-    """`function(items)`; where it raises, halves the items until those it raises for have the error as result."""
+    """`function(items)`; where it raises, of each half in turn, until one item alone has the error as its result."""
     try:
         return list(function(items))
     except SystemExit:
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if len(items) == 1 and isinstance(error, ServiceError):
+            return [type(error)(str(error))]  # a new one: the traceback of this one keeps images and tensors
         if len(items) == 1:
-            return [error]
+            log.error("An input could not be embedded.", exc_info=error)
+            return [ServiceError(ServiceError.example)]
     half = len(items) // 2  # by now the memory of the failed try is free
     return isolate(function, items[:half]) + isolate(function, items[half:])
 
@@ -561,7 +561,7 @@ class Batcher:
 
     The policy is start-time fair queueing. A request's inputs, shortest first, are numbered from where the queue has
     got to; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
-    under way and its own, and a bulk job keeps a place in every batch. The event loop owns all state: threads run
+    under way and its own, and a bulk job keeps its share. The event loop owns all state: threads run
     `prepare` and `compute`, and nothing else.
     """
 
@@ -570,7 +570,7 @@ class Batcher:
     max_tokens: int  # of a batch
     max_queue: int = 16384
     cache_entries: int = 0
-    clock: int = 0  # where the numbers of a new request start: the lowest without an answer, or 1 more a batch
+    clock: int = 0  # the first number of a new request: each batch raises it to the lowest that waits, or else by 1
     waiting: list[Waiting] = field(default_factory=list)  # in order
     cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # copies: a row would keep its batch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -612,7 +612,7 @@ class Batcher:
     def notify(self) -> None:
         """Forget what has an answer or is cancelled, and wake the loops below to see whether there is work."""
         self.waiting = [one for one in self.waiting if not one.future.done()]
-        self.changed.set()
+        self.changed.set()  # wakes the loops that wait now
         self.changed.clear()
 
     async def prepare_ahead(self) -> None:
@@ -622,7 +622,7 @@ class Batcher:
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
             for (one, _), result in zip(chunk, prepared, strict=True):
-                one.item = result
+                one.item = result  # or an error, which is its answer
                 if isinstance(result, BaseException):
                     one.answer(result)
                 elif result.key in self.cache:
@@ -632,13 +632,13 @@ class Batcher:
             self.notify()
 
     def take_chunk(self) -> list[tuple[Waiting, Source]]:
-        """The next to prepare, in order: none while AHEAD_BATCHES batches that go before it are ready."""
+        """The next to prepare, in order: none that AHEAD_BATCHES batches of prepared inputs go before."""
         chunk: list[tuple[Waiting, Source]] = []
         weight = ahead = 0
         for one in self.waiting:
             if isinstance(one.item, Input):
                 ahead += one.item.cost
-            elif one.item:
+            elif isinstance(one.item, Source):
                 weight += one.item.weight
                 if ahead >= AHEAD_BATCHES * self.max_tokens or (chunk and weight > CHUNK_WEIGHT):
                     break
@@ -667,9 +667,9 @@ class Batcher:
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The first, of those ready, and the nearest in length, with a fifth of padding at most. Equal ones are one."""
+        """The first that is ready, and of those with its prefix the nearest in length: a fifth of padding at most."""
         ready = [one.item for one in self.waiting if isinstance(one.item, Input) and not one.future.done()]
-        alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())
+        alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())  # equal ones are one
         sums = itertools.accumulate(one.cost for one in alike)
         fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
         fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
@@ -687,21 +687,22 @@ class Batcher:
 # JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
 # requests, TLS; to uvicorn's h11: floods of headers, and what a refused client still sends; to systemd: memory.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
+JSON_OBJECT = TypeAdapter(dict[str, Any])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # as it is so anyway
-DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # and no text that begins with "data: "
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # these change nothing
+DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # a text that begins "data: " does not match
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 
 
-class Texts(BaseModel, extra="forbid"):
+class Texts(BaseModel, extra="forbid"):  # the docstrings of these three end the errors of bodies that do not fit
     """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
 
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
     prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
 
 
-class ImageForm(BaseModel):
+class ImageForm(BaseModel):  # for /docs and errors: `read_form` reads it
     """Send a multipart form in UTF-8: one or more `file` (curl: -F file=@photo.jpg), perhaps `text` and `prompt`."""
 
     file: list[bytes] = Field(description="One or more image files: one embedding each.")
@@ -736,8 +737,7 @@ class Guard:
     """ASGI middleware in front of all routes: bounds each body as it comes, and all together."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
-        self.app, self.max_body = app, max_body  # bytes
-        self.open_bytes = 0  # of the bodies of all requests under way: at most 32 of the largest size
+        self.app, self.max_body, self.open_bytes = app, max_body, 0  # the last of all bodies under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
@@ -764,12 +764,12 @@ class Guard:
 async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
-    # A parser takes seconds for 32 MB of small values: what lies outside the strings is bounded first.
+    # A parser takes seconds for 32 MB of small values: what is outside the strings is bounded first, by 64 an input.
     unescaped, bound = body.replace(rb"\\", b"").replace(rb"\"", b""), 64 * max_inputs + 100_000
     if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        given = TypeAdapter(dict[str, Any]).validate_json(body).items()
+        given = JSON_OBJECT.validate_json(body).items()
         return kind.model_validate({name: x for name, x in given if x is not None and IGNORED.get(name) != x})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -786,11 +786,11 @@ async def read_form(request: Request, max_files: int) -> list[Source]:
         parser = multipart.FormParser(kind.decode(), fields.append, files.append, ended.set, boundary, config=config)
         async for chunk in request.stream():
             parser.write(chunk)
-            if len(files) + len(fields) - 2 > max_files:
+            if len(files) + len(fields) - 2 > max_files:  # two of them may be `text` and `prompt`
                 raise TooLargeError(f"The form has more than {max_files} files: send fewer.")
         texts = {field.field_name: (field.value or b"").decode() for field in fields}
-        once = len(texts) == len(fields) and texts.keys() <= {b"text", b"prompt"}
-        if not ended.is_set() or not once or {file.field_name for file in files} != {b"file"}:
+        allowed = len(texts) == len(fields) and texts.keys() <= {b"text", b"prompt"}  # each once at most
+        if not ended.is_set() or not allowed or {file.field_name for file in files} != {b"file"}:
             raise ValueError
     except ValueError:
         raise MalformedError(f"body: {ImageForm.__doc__}") from None
@@ -808,7 +808,8 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
         if not given or given.keys() - {"text", "image"} or not all(isinstance(x, str) for x in given.values()):
             raise ValueError
         if "image" in given:  # of a data URI, what follows its comma
-            given["image"] = base64.b64decode("".join(given["image"].rpartition(",")[2].split()), validate=True)
+            encoded = given["image"].rpartition(",")[2].encode().translate(None, b" \t\r\n")
+            given["image"] = base64.b64decode(encoded, validate=True)
         return Source(**given, instruction=instruction, name=name)
     except ValueError:
         hint = "no URL is fetched, and no token ids are read (in LangChain: check_embedding_ctx_length=False)"
@@ -816,18 +817,18 @@ def read_item(item: Any, name: str, instruction: str) -> Source:
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
-    """The batcher's answer. When the client leaves before it is there, what is not computed yet never is."""
+    """The batcher's answer. When the client leaves before that, what is not computed yet is dropped."""
     if not 1 <= len(sources) <= most:
         raise (TooLargeError if sources else InputError)(f"The request has {len(sources)} inputs: send 1 to {most}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
-    disconnect = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
-    disconnect.add_done_callback(lambda _: answer.cancel())
+    left = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    left.add_done_callback(lambda _: answer.cancel())
     try:
         embeddings, tokens = await answer
     except asyncio.CancelledError:
-        raise BusyError("The service is ending: try again.") if disconnect.cancelling() else ClientDisconnect from None
+        raise ClientDisconnect if left.done() and not left.cancelled() else BusyError("The service ends.") from None
     finally:
-        disconnect.cancel()
+        left.cancel()
     for source in sources:
         INPUTS.labels("text" if source.image is None else "fused" if source.text else "image").inc()
     TOKENS.inc(tokens)
@@ -858,7 +859,6 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
 
     def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:
-        """A route that reads its body by itself, after the key has been checked, and what /docs shows of it."""
         described = {"required": True, "content": {media: {"schema": body.model_json_schema()}}}
         responses = {200: example(answer)} | errors
         return app.post(path, **guarded, responses=responses, openapi_extra={"requestBody": described})
@@ -925,7 +925,7 @@ def build() -> FastAPI:
     model.check(prepare([Source("A red circle on white."), Source("harbour")]))  # short, as every start computes them
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
-    cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # bytes, with what Python adds
+    cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # 4 bytes a number, 200 of Python's
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
@@ -945,6 +945,6 @@ try:
     else:
         command = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
         os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
-except StartError as error:
-    print(error, file=sys.stderr)
+except (StartError, KeyError) as error:
+    print(f"The model is no Qwen2-VL: it lacks {error}." if isinstance(error, KeyError) else error, file=sys.stderr)
     sys.exit(78)  # EX_CONFIG of sysexits.h, at which systemd does not start it again

@@ -26,7 +26,7 @@ def build() -> FastAPI:
     try:
         from gme_service import app
     except SystemExit as stop:  # it would end the thread of the replica's event loop, and leave the replica hanging
-        raise RuntimeError(str(stop.__context__)) from None
+        raise RuntimeError(str(stop.__context__ if stop.code == 78 else stop)) from None
     return app
 
 
@@ -43,7 +43,10 @@ def build() -> FastAPI:
 )
 @serve.ingress(build)
 class GME:
-    """A replica. Serve replaces it when its process ends, as it does when its device is lost."""
+    """A replica. Serve replaces it when its process ends, or when its device is lost."""
+
+    async def check_health(self) -> None:
+        """Runs on the event loop of the app: when that has ended with the device, Serve gets no answer."""
 
 
 def has_gpus() -> bool:

@@ -111,3 +111,16 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(start: Start) -> None:
         for answer in answers:
             assert len(answer.result(PATIENCE).json()["embeddings"]) == 40
     assert server.process.wait(PATIENCE) == 0
+
+
+def test_what_is_not_finished_in_time_is_told_to_come_back(start: Start) -> None:
+    server = start("--timeout-graceful-shutdown", "1", GME_CACHE_MB="0")
+    body = {"texts": [f"{number} " + "word " * 500 for number in range(2000)]}
+    with server.client() as client, ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(client.post, "/embed/text", json=body)
+        with server.client() as watch:
+            while watch.get("/health").json()["queue_depth"] == 0:
+                assert not answer.done()
+        server.process.send_signal(signal.SIGTERM)
+        assert answer.result(PATIENCE).status_code == 503
+    assert server.process.wait(PATIENCE) == 0

@@ -202,7 +202,7 @@ class Source:
     name: str = ""  # "Input 3: ", with which an error about it begins
 
     @property
-    def weight(self) -> int:  # what it costs to prepare, in characters of text
+    def weight(self) -> int:  # what preparing it costs, in characters of text (what the model takes is `Input.cost`)
         return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
 
 
@@ -252,7 +252,7 @@ class Preparer:
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
-        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # of the pixels to be decoded at a time
+        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # all in decoding: max_pixels together
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
@@ -278,7 +278,7 @@ class Preparer:
         TRUNCATED.inc(len(token_ids) > self.max_length)
         ids = token_ids[: self.max_length]
         prefix = ids[: min(len(system_ids), len(ids) - 1)]
-        while prefix != system_ids[: len(prefix)]:  # white space at the start of a text joins "user\n"
+        while prefix != system_ids[: len(prefix)]:  # a text's leading white space makes one token with the last "\n"
             prefix.pop()
         key = hashlib.sha256(repr((ids, start, grid)).encode())
         key.update(b"" if patches is None else patches.data)
@@ -288,11 +288,9 @@ class Preparer:
         """The first frame of an image file, upright, in RGB and resized. Raises `InputError`, `TooLargeError`."""
         try:
             if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > 30:
-                raise ValueError(
-                    "A photo has about ten scans, each a pass over the whole image, and few EXIF segments."
-                )
+                raise ValueError("Too many scans (a photo has about ten, each a pass over it) or EXIF segments.")
             # Hides the EXIF of an AVIF, which Pillow would read whole: its irot and imir boxes say how to turn it.
-            file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data))
+            file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data) if data[4:8] == b"ftyp" else data)
             file.deadline = time.thread_time() + 1  # to open it; more for its pixels
             with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
                 pixels = image.width * image.height
@@ -317,7 +315,7 @@ class Preparer:
         except Image.DecompressionBombError:
             most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
             raise TooLargeError(f"{name}The image is over {most}: scale it down.") from None
-        except Exception:  # Pillow's decoders raise whatever a broken file makes them trip over
+        except Exception:  # those above too, whose words are for us alone; and what a broken file makes Pillow raise
             raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
 
@@ -414,7 +412,7 @@ class Model:
         hidden = functional.linear(pixels.flatten(1), patch.flatten(1))  # (P, width)
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         places = places.view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2)  # the four of each token together
-        pairs = width // heads // 4  # of a head's numbers: so many turn by the row, and as many by the column
+        pairs = width // heads // 4  # half a head's pairs turn by the patch's row, the other half by its column
         angles = (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1).to(device)
         for block in (f"visual.blocks.{number}" for number in range(self.vision["depth"])):
             qkv = self.linear(self.norm(hidden, f"{block}.norm1"), f"{block}.attn.qkv", 3 * width)
@@ -437,18 +435,20 @@ class Model:
         """
         config, device, width = self.text, self.device, self.dimension
         prefix, shared = inputs[0].prefix, len(inputs[0].prefix)
-        # 256 tokens of the 2B model take 7 MB in bfloat16: what is longer is computed again
+        # A prefix over 256 tokens (7 MB for the 2B model in bfloat16) is not kept: every batch computes it
         compute = self.prefix_states if shared <= 256 else self.prefix_states.__wrapped__
         past = compute(prefix) if prefix else []
+
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); none sees padding
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); the mask hides the padding
         table = self.weight("model.embed_tokens.weight", config["vocab_size"], width)
         hidden = functional.embedding(token_ids, table).float()  # (B, T, D)
         for row, one in enumerate(inputs):
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches), *one.grid)
-                hidden[row, one.image_start - shared :][: len(image)] = image
+                hidden[row, one.image_start - shared :][: len(image)] = image  # in place of its image tokens
+
         heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
         theta, head_dim = config.get("rope_theta") or config["rope_parameters"]["rope_theta"], width // heads
         positions = torch.arange(shared + hidden.shape[1], device=device)
@@ -466,7 +466,7 @@ class Model:
             key, value = both.repeat_interleave(heads // groups, 2)
             out = functional.scaled_dot_product_attention(rotate(query, angles).transpose(1, 2), key, value, mask)
             out = out.transpose(1, 2).flatten(2)  # (B, T, D)
-            if number == config["num_hidden_layers"] - 1:  # behind its attention only the pooled tokens go on
+            if number == config["num_hidden_layers"] - 1:  # nothing attends to its output: keep each input's last token
                 hidden, out = (x[torch.arange(len(rows), device=device), last] for x in (hidden, out))
             hidden += self.linear(out, f"{layer}.self_attn.o_proj", width, biased=False)
             normed = self.norm(hidden, f"{layer}.post_attention_layernorm")
@@ -495,7 +495,7 @@ class Model:
         alone = torch.cat([self.forward([replace(one, prefix=())])[0] for one in inputs])
         distance = 1 - (self.forward(inputs)[0] * alone).sum(1).min().item()
         self.stored.clear()  # all weights are read: this closes their files
-        if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # of rounding alone
+        if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # rounding; "not <=" refuses NaN as well
             reason = f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g})"
             raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
 
@@ -529,7 +529,7 @@ class Waiting:  # an input that has no answer yet
     order: int  # the lowest goes first
     arrived: float
     future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
-    item: Source | Input | None  # what waits: to be prepared, or for the model; None while a thread prepares it
+    item: Source | Input | BaseException | None  # Source: to be prepared, None: a thread has it, Input: for the model
 
     def answer(self, result: np.ndarray | BaseException) -> None:
         with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
@@ -559,8 +559,8 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
-    The policy is start-time fair queueing. A request's inputs, shortest first, are numbered from where the queue has
-    got to; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
+    The policy is start-time fair queueing. A request's inputs, shortest first, are numbered on from `clock`, where the
+    queue is; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
     under way and its own, and a bulk job keeps its share. The event loop owns all state: threads run
     `prepare` and `compute`, and nothing else.
     """
@@ -570,7 +570,7 @@ class Batcher:
     max_tokens: int  # of a batch
     max_queue: int = 16384
     cache_entries: int = 0
-    clock: int = 0  # the first number of a new request: each batch raises it to the lowest that waits, or else by 1
+    clock: int = 0  # a new request's first number; a batch makes it the lowest that waits, and at least clock + 1
     waiting: list[Waiting] = field(default_factory=list)  # in order
     cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # copies: a row would keep its batch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -622,7 +622,7 @@ class Batcher:
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
             for (one, _), result in zip(chunk, prepared, strict=True):
-                one.item = result  # or an error, which is its answer
+                one.item = result
                 if isinstance(result, BaseException):
                     one.answer(result)
                 elif result.key in self.cache:
@@ -651,7 +651,7 @@ class Batcher:
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
-            self.clock = max(self.clock + 1, self.waiting[0].order)
+            self.clock = max(self.clock + 1, self.waiting[0].order)  # the fairness rule, with `embed`'s numbering
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
@@ -667,7 +667,7 @@ class Batcher:
             self.notify()
 
     def next_batch(self) -> list[Input]:
-        """The first that is ready, and of those with its prefix the nearest in length: a fifth of padding at most."""
+        """The first ready, and of the next with its prefix those nearest in length: a fifth of padding at most."""
         ready = [one.item for one in self.waiting if isinstance(one.item, Input) and not one.future.done()]
         alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())  # equal ones are one
         sums = itertools.accumulate(one.cost for one in alike)
@@ -689,13 +689,13 @@ class Batcher:
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 JSON_OBJECT = TypeAdapter(dict[str, Any])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "prompt": ""}  # these change nothing
+IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # a text that begins "data: " does not match
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 
 
-class Texts(BaseModel, extra="forbid"):  # the docstrings of these three end the errors of bodies that do not fit
+class Texts(BaseModel, extra="forbid"):  # clients see these three docstrings, at the end of a MalformedError
     """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
 
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
@@ -737,7 +737,7 @@ class Guard:
     """ASGI middleware in front of all routes: bounds each body as it comes, and all together."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
-        self.app, self.max_body, self.open_bytes = app, max_body, 0  # the last of all bodies under way
+        self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
@@ -764,7 +764,7 @@ class Guard:
 async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
-    # A parser takes seconds for 32 MB of small values: what is outside the strings is bounded first, by 64 an input.
+    # A parser takes seconds for 32 MB of small values: what is outside the strings is bounded first, in bytes.
     unescaped, bound = body.replace(rb"\\", b"").replace(rb"\"", b""), 64 * max_inputs + 100_000
     if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
@@ -821,12 +821,12 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
     if not 1 <= len(sources) <= most:
         raise (TooLargeError if sources else InputError)(f"The request has {len(sources)} inputs: send 1 to {most}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
-    left = asyncio.ensure_future(request.receive())  # the body has been read: only a disconnect can come
+    left = asyncio.ensure_future(request.receive())  # ends when the client leaves, as the whole body has been read
     left.add_done_callback(lambda _: answer.cancel())
     try:
         embeddings, tokens = await answer
     except asyncio.CancelledError:
-        raise ClientDisconnect if left.done() and not left.cancelled() else BusyError("The service ends.") from None
+        raise ClientDisconnect if left.done() and not left.cancelled() else BusyError("Stopping: try again.") from None
     finally:
         left.cancel()
     for source in sources:

@@ -193,9 +193,7 @@ TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LEN
 
 
 @dataclass(slots=True, frozen=True)
-class Source:
-    """One input as a client sent it: a text, the bytes of an image file, or both (fused into one embedding)."""
-
+class Source:  # one input as a client sent it: a text, the bytes of an image file, or both (fused into one embedding)
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
@@ -241,9 +239,7 @@ def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tu
     return columns * TOKEN, rows * TOKEN
 
 
-class Preparer:
-    """Turns what clients send into what the model reads. Thread-safe."""
-
+class Preparer:  # turns what clients send into what the model reads; thread-safe
     def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_truncation()
@@ -364,9 +360,7 @@ def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tenso
     return Tensor.clone, multiply, attend
 
 
-class Model:
-    """Qwen2-VL, for one thread at a time. A weight is read when it is first used, and `check` uses all."""
-
+class Model:  # Qwen2-VL, for one thread at a time; a weight is read when it is first used, and `check` uses all
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         config = json.loads((directory / "config.json").read_bytes())
         self.processor = json.loads((directory / "preprocessor_config.json").read_bytes())
@@ -438,7 +432,6 @@ class Model:
         # A prefix over 256 tokens (7 MB for the 2B model in bfloat16) is not kept: every batch computes it
         compute = self.prefix_states if shared <= 256 else self.prefix_states.__wrapped__
         past = compute(prefix) if prefix else []
-
         rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); the mask hides the padding
@@ -448,7 +441,6 @@ class Model:
             if one.patches is not None:
                 image = self.see(torch.from_numpy(one.patches), *one.grid)
                 hidden[row, one.image_start - shared :][: len(image)] = image  # in place of its image tokens
-
         heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
         theta, head_dim = config.get("rope_theta") or config["rope_parameters"]["rope_theta"], width // heads
         positions = torch.arange(shared + hidden.shape[1], device=device)
@@ -685,7 +677,7 @@ class Batcher:
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
 # Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
 # JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
-# requests, TLS; to uvicorn's h11: floods of headers, and what a refused client still sends; to systemd: memory.
+# requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory. A refusal waits for what still comes.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 JSON_OBJECT = TypeAdapter(dict[str, Any])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
@@ -726,7 +718,6 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """`detail` is for our clients and those made for Jina's service, `error` for OpenAI's."""
     ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
     kind = "server_error" if ours.status >= 500 else "invalid_request_error"
@@ -740,23 +731,32 @@ class Guard:
         self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        received, coming = 0, b"expect" not in dict(scope.get("headers", ()))  # whether more of the body may come
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
         async def receive_counted() -> Message:
-            nonlocal received
+            nonlocal received, coming
             message = await receive()
-            received += len(message.get("body", b""))
-            self.open_bytes += len(message.get("body", b""))
+            size, coming = len(message.get("body", b"")), message.get("more_body", False)
+            received += size
+            self.open_bytes += size
             if received > self.max_body:
                 raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
             if self.open_bytes > 32 * self.max_body:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
+        async def send_when_read(message: Message) -> None:  # as a client that still sends may not see an answer
+            nonlocal coming
+            dropped = 0
+            while coming and scope["type"] == "http" and dropped < 8 * self.max_body:
+                rest = await receive()
+                dropped, coming = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
+            await send(message)
+
         try:
-            await self.app(scope, receive_counted, send)
+            await self.app(scope, receive_counted, send_when_read)
         finally:
             self.open_bytes -= received
 

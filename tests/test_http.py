@@ -9,6 +9,8 @@ import re
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -396,8 +398,15 @@ def by_http_client(url: str, body: Any, headers: dict[str, str]) -> httpx.Respon
         return httpx.Response(answer.status, content=answer.read())
 
 
+def by_urllib(url: str, body: Any, headers: dict[str, str]) -> httpx.Response:
+    with pytest.raises(urllib.error.HTTPError) as refused:  # it asks for the end of the connection
+        urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=PATIENCE)
+    return httpx.Response(refused.value.code, content=refused.value.read())
+
+
 SENDERS = {
     "http.client": by_http_client,
+    "urllib": by_urllib,
     "httpx": lambda url, body, headers: httpx.post(url, content=body, headers=headers, timeout=PATIENCE),
     "requests": lambda url, body, headers: requests.post(url, data=body, headers=headers, timeout=PATIENCE),
 }

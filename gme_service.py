@@ -731,7 +731,10 @@ class Guard:
         self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received, coming = 0, b"expect" not in dict(scope.get("headers", ()))  # whether more of the body may come
+        received, coming = (
+            0,
+            scope.get("method") == "POST" and b"expect" not in dict(scope["headers"]),
+        )  # more of the body
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
@@ -750,7 +753,7 @@ class Guard:
         async def send_when_read(message: Message) -> None:  # as a client that still sends may not see an answer
             nonlocal coming
             dropped = 0
-            while coming and scope["type"] == "http" and dropped < 8 * self.max_body:
+            while coming and dropped < 8 * self.max_body:
                 rest = await receive()
                 dropped, coming = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
             await send(message)

@@ -731,10 +731,7 @@ class Guard:
         self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received, coming = (
-            0,
-            scope.get("method") == "POST" and b"expect" not in dict(scope["headers"]),
-        )  # more of the body
+        received, coming = 0, scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 

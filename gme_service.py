@@ -679,8 +679,8 @@ class Batcher:
 # JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
 # requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory. A refusal waits for what still comes.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
-JSON_OBJECT = TypeAdapter(dict[str, Any])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
+JSON_OBJECT = TypeAdapter(dict[str, Any])
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # a text that begins "data: " does not match
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
@@ -731,7 +731,8 @@ class Guard:
         self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received, coming = 0, scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])
+        received = dropped = 0
+        coming = scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])  # who expects leave waits
         if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
             scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
 
@@ -748,8 +749,7 @@ class Guard:
             return message
 
         async def send_when_read(message: Message) -> None:  # as a client that still sends may not see an answer
-            nonlocal coming
-            dropped = 0
+            nonlocal coming, dropped
             while coming and dropped < 8 * self.max_body:
                 rest = await receive()
                 dropped, coming = dropped + len(rest.get("body", b"")), rest.get("more_body", False)

@@ -380,8 +380,8 @@ class Model:  # Qwen2-VL, for one thread at a time; a weight is read when it is 
         found = self.stored[name]() if name in self.stored else None
         if found is None or found.shape != shape:
             raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
-        weight = found.to(self.device, torch.float32 if exact else self.dtype)
-        return self.pack(weight) if packed else weight.clone()  # the file's own may change
+        weight = found.to(self.device, torch.float32 if exact else self.dtype, copy=not packed)
+        return self.pack(weight) if packed else weight  # a copy in either case, as the file may change
 
     def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str = "") -> Tensor:
         weights = [self.weight(f"{one}.weight", width, x.shape[-1], packed=True) for one in (name, gate) if one]

@@ -929,7 +929,7 @@ def build() -> FastAPI:
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
-    key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY is empty)"
+    key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY holds none)"
     what = f"{settings.model_id} from {directory} on {device} in {dtype}, {model.dimension} dimensions"
     log.info(f"GME Service {__version__}: {what}, loaded in {time.perf_counter() - started:.1f} s; {key}.")
     return create_app(settings, batcher, model)

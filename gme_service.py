@@ -12,7 +12,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPMethod
@@ -60,6 +59,18 @@ log = logging.getLogger("uvicorn.error")  # the logger that uvicorn has configur
 
 class StartError(Exception):
     """The service cannot start, and a restart would fail the same way; the message says what to do."""
+
+    exit_code = 78  # EX_CONFIG of sysexits.h, at which systemd does not start it again
+
+
+class StartLaterError(StartError):
+    """It may start a moment later: a hub that is down, a GPU whose memory the process before still holds."""
+
+    exit_code = 1
+
+
+class DeviceLostError(Exception):
+    """The device cannot compute any more, and the process has to end with it."""
 
 
 class ServiceError(Exception):
@@ -161,7 +172,7 @@ def find_checkpoint(settings: Settings, refetch: bool = False) -> Path:
                 raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
             (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
     except Exception as error:  # the client raises many kinds
-        kind = SystemExit if getattr(error, "retryable", False) else StartError  # systemd restarts after SystemExit
+        kind = StartLaterError if getattr(error, "retryable", False) else StartError
         advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
         raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
     return directory
@@ -181,6 +192,53 @@ def verify(settings: Settings) -> str:
     return f"The files of {settings.model_id} in {directory} are as they were published."
 
 
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a Qwen2-VL, and how the pixels of its images are normalised."""
+
+    width: int
+    layers: int
+    heads: int
+    groups: int  # of heads: each has one key and value
+    inner: int
+    vocabulary: int
+    theta: float
+    eps: float
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_inner: int
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def read(cls, directory: Path) -> "Config":
+        """Raises `StartError` when the directory holds another kind of model."""
+        config = json.loads((directory / "config.json").read_bytes())
+        processor = json.loads((directory / "preprocessor_config.json").read_bytes())
+        text = config.get("text_config", config)  # nested in what a current transformers saves
+        try:
+            vision = config["vision_config"]
+            return cls(
+                width=text["hidden_size"],
+                layers=text["num_hidden_layers"],
+                heads=text["num_attention_heads"],
+                groups=text["num_key_value_heads"],
+                inner=text["intermediate_size"],
+                vocabulary=text["vocab_size"],
+                theta=text.get("rope_theta") or text["rope_parameters"]["rope_theta"],
+                eps=text["rms_norm_eps"],
+                vision_width=vision.get("embed_dim", 1280),  # the published file leaves defaults out
+                vision_layers=vision.get("depth", 32),
+                vision_heads=vision.get("num_heads", 16),
+                vision_inner=vision.get("embed_dim", 1280) * vision.get("mlp_ratio", 4),
+                mean=processor["image_mean"],
+                std=processor["image_std"],
+            )
+        except KeyError as error:
+            raise StartError(f"The model in {directory} is no Qwen2-VL: its configuration lacks {error}.") from None
+
+
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 DEFAULT_INSTRUCTION = "You are a helpful assistant."  # an instruction is what the API calls `prompt`
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
@@ -188,6 +246,11 @@ END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
+OPEN_SECONDS = 1  # of a processor, to open an image file
+PIXELS_PER_SECOND = 10_000_000  # the slowest that a whole file is decoded
+MAX_JPEG_PARTS = 30  # scans and EXIF segments
+MAX_EXIF = 1 << 16  # bytes, a JPEG segment's most
+ODD_EXIF = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)  # what it makes Pillow raise
 CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go, and what an image counts: it is a chunk of its own
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
 
@@ -198,6 +261,8 @@ class Source:  # one input as a client sent it: a text, the bytes of an image fi
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
     name: str = ""  # "Input 3: ", with which an error about it begins
+    max_tokens: int | None = None  # a text is cut at these, where they are fewer than GME_MAX_LENGTH
+    may_cut: bool = True  # else an input that would be cut is refused
 
     @property
     def weight(self) -> int:  # what preparing it costs, in characters of text (what the model takes is `Input.cost`)
@@ -218,13 +283,57 @@ class Input:  # as the model reads it
         return len(self.token_ids) - len(self.prefix)
 
 
-class ImageFile(io.BytesIO):
-    deadline = math.inf  # in seconds, on the CPU clock of the thread that reads
+class UnreadableError(Exception):
+    """Why an image file is not decoded."""
+
+
+class TimedFile(io.BytesIO):
+    """A file in memory that can be read until the thread that reads it has used so much time of a processor."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.deadline = time.thread_time() + OPEN_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.thread_time() > self.deadline:
-            raise ValueError("The file takes too long to read.")
+            raise UnreadableError("it takes too long to read")
         return super().read(size)
+
+
+class PixelBudget:
+    """Bounds the pixels that all threads decode at a time. Who comes first goes first, however much it takes."""
+
+    def __init__(self, pixels: int) -> None:
+        self.free = pixels
+        self.turn = threading.Lock()
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def spend(self, pixels: int) -> Iterator[None]:
+        with self.turn, self.changed:
+            self.changed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify()
+
+
+def without_avif_exif(data: bytes) -> bytes:
+    """An AVIF says in its irot and imir boxes how to turn it. Its EXIF, which Pillow would read whole, is renamed."""
+    is_avif = data[4:8] == b"ftyp"
+    return re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data) if is_avif else data
+
+
+def decode_upright(image: Image.Image) -> Image.Image:
+    image.load()  # a PNG may have its EXIF behind the pixels
+    if len(image.info.get("exif", b"")) > MAX_EXIF:
+        raise UnreadableError("Pillow makes up to 32 times as much of EXIF")
+    with contextlib.suppress(*ODD_EXIF):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
@@ -248,7 +357,7 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
-        self.turn, self.percent = threading.Lock(), threading.Semaphore(100)  # all in decoding: max_pixels together
+        self.decoding = PixelBudget(max_image_pixels)
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
@@ -281,197 +390,373 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
         return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
     def read_image(self, name: str, data: bytes) -> Image.Image:
-        """The first frame of an image file, upright, in RGB and resized. Raises `InputError`, `TooLargeError`."""
+        """The first frame of an image file, as the model sees it. Raises `InputError` or `TooLargeError`."""
         try:
-            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > 30:
-                raise ValueError("Too many scans (a photo has about ten, each a pass over it) or EXIF segments.")
-            # Hides the EXIF of an AVIF, which Pillow would read whole: its irot and imir boxes say how to turn it.
-            file = ImageFile(re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data) if data[4:8] == b"ftyp" else data)
-            file.deadline = time.thread_time() + 1  # to open it; more for its pixels
-            with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as held:
-                pixels = image.width * image.height
-                if pixels > self.max_pixels or max(image.size) > MAX_SIDE:
-                    raise Image.DecompressionBombError  # as Pillow does
-                file.deadline += pixels / 10_000_000
-                with self.turn:  # so that small images do not hold off a large one
-                    for _ in range(math.ceil(100 * pixels / self.max_pixels)):
-                        held.enter_context(self.percent)
-                image.load()  # a PNG may have its EXIF behind the pixels
-                if len(image.info.get("exif", b"")) > 1 << 16:  # a segment's most; Pillow makes up to 32 times as much
-                    raise ValueError("The EXIF data are too large.")
-                with contextlib.suppress(AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error):
-                    ImageOps.exif_transpose(image, in_place=True)  # odd EXIF may raise any of them, and breaks no image
-                rgb = image if image.mode == "RGB" else image.convert("RGB")
-                # The two resizes of the authors' code: their own, then that of the published image processor.
-                width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-                first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
-                second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
-                once = rgb if rgb.size == first else rgb.resize(first, Image.Resampling.BICUBIC)
-                return once if once.size == second else once.resize(second, Image.Resampling.BICUBIC)
+            with self.open_image(data) as image, self.decoding.spend(image.width * image.height):
+                return self.resize(decode_upright(image))
         except Image.DecompressionBombError:
             most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
             raise TooLargeError(f"{name}The image is over {most}: scale it down.") from None
-        except Exception:  # those above too, whose words are for us alone; and what a broken file makes Pillow raise
+        except Exception:  # whatever a broken file makes Pillow raise
             raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
+
+    def open_image(self, data: bytes) -> Image.Image:
+        """The header of a file, whose pixels can be decoded in little time."""
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_JPEG_PARTS:
+            raise UnreadableError("a photo has about ten scans, each a pass over all pixels")
+        file = TimedFile(without_avif_exif(data))
+        image = Image.open(file, formats=FORMATS)
+        if image.width * image.height > self.max_pixels or max(image.size) > MAX_SIDE:
+            raise Image.DecompressionBombError  # as Pillow does, for twice as many
+        file.deadline += image.width * image.height / PIXELS_PER_SECOND
+        return image
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The two resizes of the authors' code: their own, then that of the published image processor."""
+        width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
+        first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
+        second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
+        for size in (first, second):
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.BICUBIC)
+        return image
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
-def multiply(x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None = None) -> Tensor:
-    """A linear layer; with the weight of a gate, times silu of what that gives."""
-    out = functional.linear(x, weight, bias)
-    return out if gate is None else functional.silu(functional.linear(x, gate)) * out
+# Qwen2-VL in plain torch. Modules and parameters are called as in the published checkpoint, so that the network
+# is also the list of weights to read. In shapes: B inputs, T tokens of each, P patches of an image, D the width.
+MAX_KEPT_PREFIX = 256  # tokens, whose states take 7 MB for the 2B model in bfloat16
+MLP_ROWS = 512  # patches whose inner layer fits into a CPU's cache
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The four operations that take nearly all of the time, and may differ from one device to another."""
+
+    pack: Callable[[Tensor], Tensor]  # lays a weight out for the next two: a copy, as its file may change
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated: Callable[[Tensor, Tensor, Tensor], Tensor]  # silu(x @ gate) * (x @ up)
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # within one image
+
+
+def torch_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def onednn_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    opened = torch.ops.mkldnn._linear_pointwise.default(x, gate, None, "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, opened, up, None, "mul")
+
+
+def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Head by head and 512 queries at a time: on a CPU in bfloat16, twice as fast as torch's own."""
+    chunks = []
+    for q, k, v in zip(query[0] * query.shape[-1] ** -0.5, key[0].contiguous(), value[0].contiguous(), strict=True):
+        chunks += [(rows @ k.T).softmax(-1) @ v for rows in q.split(512)]
+    return torch.cat(chunks).view_as(query)
+
+
+TORCH = Kernels(
+    Tensor.clone, functional.linear, torch_gated, lambda *qkv: functional.scaled_dot_product_attention(*qkv)
+)
+
+
+def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
+    """Set torch up for a CPU, and choose the fastest kernels that give what torch's public ones give."""
+    features = torch.cpu.get_capabilities()
+    if width < 512:
+        torch.set_num_threads(1)  # the products of a small model are too short for two
+    if features.get("avx2") and not features.get("amx_bf16"):
+        torch.set_float32_matmul_precision("medium")  # oneDNN, not MKL; with AMX or on ARM it would round to bfloat16
+    kernels = replace(TORCH, attend=attend_in_chunks) if dtype == torch.bfloat16 else TORCH
+    try:
+        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
+        x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
+        packed = pack(weight)
+        for got, expected in (
+            (onednn_linear(x, packed, bias), functional.linear(x, weight, bias)),
+            (onednn_gated(x, packed, packed), torch_gated(x, weight, weight)),
+        ):
+            if not torch.allclose(got, expected, rtol=0.02, atol=0.002):
+                raise RuntimeError("their products differ")
+    except (AttributeError, RuntimeError, TypeError) as error:  # the operators are private: torch may change them
+        log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
+        return kernels
+    return replace(kernels, pack=pack, linear=onednn_linear, gated=onednn_gated)
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its weight; `load_weights` gives it its kernels."""
+
+    kernels = TORCH
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary position embedding of x (..., head_dim), whose halves make the pairs, by angles (..., head_dim / 2)."""
-    cos, sin, (first, second) = angles.cos(), angles.sin(), x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def speed_up_on_cpu(dtype: torch.dtype, width: int) -> tuple[Callable[..., Tensor], ...]:
-    """Set torch up for a CPU. Returns what lays a weight out, multiplies by it, and attends within an image."""
-    if width < 512:
-        torch.set_num_threads(1)  # the products of a small model are too short for two
-    if torch.cpu.get_capabilities().get("avx2") and not torch.cpu.get_capabilities().get("amx_bf16"):
-        torch.set_float32_matmul_precision("medium")  # oneDNN, not MKL; with AMX or on ARM it would round to bfloat16
+# The residual stream, `hidden`, is float32 whatever the dtype of the weights: for precision, and for float16's range.
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
-    def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Head by head and 512 queries at a time: twice as fast as torch's own in bfloat16."""
-        heads = zip(query[0] * query.shape[-1] ** -0.5, key[0].contiguous(), value[0].contiguous(), strict=True)
-        chunks = [(rows @ k.T).softmax(-1) @ v for q, k, v in heads for rows in q.split(512)]
-        return torch.cat(chunks).view_as(query)
-
-    def fused(x: Tensor, bias: Tensor | None, weight: Tensor, gate: Tensor | None = None) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        if gate is None:
-            return pointwise.default(x, weight, bias, "none", [], "")
-        return pointwise.binary(x, pointwise.default(x, gate, None, "swish", [], ""), weight, bias, "mul")
-
-    attend = attend_in_chunks if dtype == torch.bfloat16 else functional.scaled_dot_product_attention
-    try:  # these operators are private to torch: they have to be there, and to give what its public ones give
-        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)  # once, not in every call
-        x, bias, weight = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), 64, (64, 64)))
-        packed, expected = pack(weight), multiply(multiply(x, bias, weight), bias, weight, weight)
-        if not torch.allclose(fused(fused(x, bias, packed), bias, packed, packed), expected, rtol=0.02, atol=0.002):
-            raise RuntimeError("their products differ")
-        return pack, fused, attend
-    except (AttributeError, RuntimeError, TypeError) as error:
-        log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
-    return Tensor.clone, multiply, attend
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(len(x), 3, 1, self.heads, -1).permute(1, 2, 3, 0, 4)  # (3, 1, heads, P, head_dim)
+        query, key = rotate(qkv[:2], angles)
+        attended = self.qkv.kernels.attend(query, key, qkv[2])
+        return self.proj(attended[0].transpose(0, 1).flatten(1))
 
 
-class Model:  # Qwen2-VL, for one thread at a time; a weight is read when it is first used, and `check` uses all
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
-        config = json.loads((directory / "config.json").read_bytes())
-        self.processor = json.loads((directory / "preprocessor_config.json").read_bytes())
-        self.text, self.vision = config.get("text_config", config), config["vision_config"]
-        self.directory, self.device, self.dtype, self.dimension = directory, device, dtype, self.text["hidden_size"]
-        own: tuple[Callable[..., Tensor], ...] = Tensor.clone, multiply, functional.scaled_dot_product_attention
-        self.pack, self.multiply, self.attend = speed_up_on_cpu(dtype, self.dimension) if device.type == "cpu" else own
-        files = [safe_open(path, framework="pt") for path in weight_files(directory)]
-        read = {name: functools.partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118
-        # By their published names: a current transformers saves `model.language_model.` and `model.visual.`
-        self.stored = {re.sub(r"language_model\.|model\.(?=visual\.)", "", name): get for name, get in read.items()}
-        self.weight = functools.cache(self.read_weight)
-        self.prefix_states = functools.lru_cache(16)(lambda ids: self.forward([Input(np.array(ids), ())])[1])
+class VisionMLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
-    def read_weight(self, name: str, *shape: int, exact: bool = False, packed: bool = False) -> Tensor:
-        """From the file straight into its final dtype and place. Raises `StartError` when missing or misshapen."""
-        found = self.stored[name]() if name in self.stored else None
-        if found is None or found.shape != shape:
-            raise StartError(f"{self.directory}: the weight {name} is missing, or has not the shape {shape}.")
-        weight = found.to(self.device, torch.float32 if exact else self.dtype, copy=not packed)
-        return self.pack(weight) if packed else weight  # a copy in either case, as the file may change
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.fc1(x)
+        return self.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
 
-    def linear(self, x: Tensor, name: str, width: int, biased: bool = True, gate: str = "") -> Tensor:
-        weights = [self.weight(f"{one}.weight", width, x.shape[-1], packed=True) for one in (name, gate) if one]
-        bias = self.weight(f"{name}.bias", width) if biased else None
-        return self.multiply(x.to(self.dtype), bias, *weights)
 
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        """RMS norm in the decoder, layer norm in the vision tower: in float32, whatever the dtype of the model."""
-        weight = self.weight(f"{name}.weight", x.shape[-1], exact=True)
-        if name.startswith("model."):
-            return functional.rms_norm(x, weight.shape, weight, self.text["rms_norm_eps"])
-        bias = self.weight(f"{name}.bias", x.shape[-1], exact=True)
-        return functional.layer_norm(x, weight.shape, weight, bias, 1e-6)
+class VisionBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = VisionAttention(width, heads)
+        self.mlp = VisionMLP(width)
 
-    def see(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """The vision tower: token embeddings (P / 4, D) of an image's uint8 patches (P, 588)."""
-        width, heads, device = self.vision["embed_dim"], self.vision["num_heads"], self.device
-        mean, std = (torch.tensor(self.processor[f"image_{x}"], device=device)[:, None] for x in ("mean", "std"))
-        pixels = (patches.to(device).view(-1, 3, PATCH**2).float() / 255 - mean) / std
-        # The published layer is a convolution over two frames, which are the same for a still image.
-        patch = self.weight("visual.patch_embed.proj.weight", width, 3, 2, PATCH, PATCH, exact=True).sum(2)
-        hidden = functional.linear(pixels.flatten(1), patch.flatten(1))  # (P, width)
+    def forward(self, hidden: Tensor, angles: Tensor) -> None:
+        hidden += self.attn(self.norm1(hidden), angles)
+        for rows in hidden.split(MLP_ROWS) if hidden.device.type == "cpu" else [hidden]:  # views of it
+            rows += self.mlp(self.norm2(rows))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width: int, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+        self.proj = nn.Conv3d(3, width, kernel_size=(2, PATCH, PATCH), bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(P, 588) uint8 to (P, width). Both frames of the published convolution are the one still image."""
+        weight = self.proj.weight.sum(2).flatten(1)
+        mean, std = (torch.tensor(numbers, device=patches.device)[:, None] for numbers in (self.mean, self.std))
+        pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
+        return functional.linear(pixels.flatten(1), weight)
+
+
+class PatchMerger(nn.Module):
+    """The four neighbours of a token become one vector."""
+
+    def __init__(self, vision_width: int, width: int) -> None:
+        super().__init__()
+        self.ln_q = nn.LayerNorm(vision_width, eps=1e-6)
+        self.mlp = nn.Sequential(Linear(4 * vision_width, 4 * vision_width), nn.GELU(), Linear(4 * vision_width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(hidden).view(len(hidden) // 4, -1))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, heads = config.vision_width, config.vision_heads
+        self.head_dim = width // heads
+        self.patch_embed = PatchEmbed(width, config.mean, config.std)
+        self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(config.vision_layers))
+        self.merger = PatchMerger(width, config.width)
+
+    def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """Token embeddings (P / 4, D) of one image's patches (P, 588), uint8."""
+        hidden = self.patch_embed(patches)
+        angles = self.angles(rows, columns).to(hidden.device)
+        for block in self.blocks:
+            block(hidden, angles)
+        return self.merger(hidden)
+
+    def angles(self, rows: int, columns: int) -> Tensor:
+        """(P, head_dim / 2): half of a head's pairs turn by their patch's row, the other half by its column."""
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         places = places.view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2)  # the four of each token together
-        pairs = width // heads // 4  # half a head's pairs turn by the patch's row, the other half by its column
-        angles = (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1).to(device)
-        for block in (f"visual.blocks.{number}" for number in range(self.vision["depth"])):
-            qkv = self.linear(self.norm(hidden, f"{block}.norm1"), f"{block}.attn.qkv", 3 * width)
-            qkv = qkv.view(-1, 3, 1, heads, width // heads).permute(1, 2, 3, 0, 4)  # (3, 1, heads, P, head_dim)
-            attended = self.attend(*rotate(qkv[:2], angles), qkv[2])[0].transpose(0, 1).flatten(1)  # (P, width)
-            hidden += self.linear(attended, f"{block}.attn.proj", width)
-            for part in hidden.split(512 if device.type == "cpu" else len(hidden)):  # views that fit a CPU's cache
-                inner = self.linear(self.norm(part, f"{block}.norm2"), f"{block}.mlp.fc1", 4 * width)
-                part += self.linear(torch.sigmoid(1.702 * inner).mul_(inner), f"{block}.mlp.fc2", width)  # quick_gelu
-        merged = self.norm(hidden, "visual.merger.ln_q").view(-1, 4 * width)
-        inner = functional.gelu(self.linear(merged, "visual.merger.mlp.0", 4 * width))
-        return self.linear(inner, "visual.merger.mlp.2", self.dimension)
+        pairs = self.head_dim // 4
+        return (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1)
+
+
+class Attention(nn.Module):
+    """Causal, with grouped queries, behind the keys and values of a prefix."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.groups = config.heads, config.groups
+        head_dim = config.width // config.heads
+        self.q_proj = Linear(config.width, config.heads * head_dim)
+        self.k_proj = Linear(config.width, config.groups * head_dim)
+        self.v_proj = Linear(config.width, config.groups * head_dim)
+        self.o_proj = Linear(config.heads * head_dim, config.width, bias=False)
+
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the heads attend to (B, T, D), before `o_proj`, and the keys and values (2, B, groups, T, head_dim)."""
+        query = rotate(self.q_proj(x).unflatten(2, (self.heads, -1)), angles).transpose(1, 2)
+        key = rotate(self.k_proj(x).unflatten(2, (self.groups, -1)), angles)
+        value = self.v_proj(x).unflatten(2, (self.groups, -1))
+        states = torch.stack((key, value)).transpose(2, 3)
+        seen = states if past is None else torch.cat((past.expand(-1, len(x), -1, -1, -1), states), dim=3)
+        key, value = seen.repeat_interleave(self.heads // self.groups, dim=2)
+        attended = functional.scaled_dot_product_attention(query, key, value, mask)
+        return attended.transpose(1, 2).flatten(2), states
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.inner, bias=False)
+        self.up_proj = Linear(config.width, config.inner, bias=False)
+        self.down_proj = Linear(config.inner, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj.weight, self.up_proj.weight
+        return self.down_proj(self.up_proj.kernels.gated(x.to(up.dtype), gate, up))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, config.eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, config.eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, hidden: Tensor, angles: Tensor, mask: Tensor, past: Tensor | None, pooled: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The new `hidden`, of the `pooled` tokens alone where they are given, and the keys and values."""
+        attended, states = self.self_attn(self.input_layernorm(hidden), angles, mask, past)
+        if pooled:
+            hidden, attended = hidden[pooled], attended[pooled]
+        hidden += self.self_attn.o_proj(attended)
+        hidden += self.mlp(self.post_attention_layernorm(hidden))
+        return hidden, states
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        # Not by its constructor, whose random values would import 800 modules on the meta device.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.eps)
+        self.theta, self.head_dim = config.theta, config.width // config.heads
+
+    def forward(self, hidden: Tensor, last: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The final states (B, D) of the `last` token of each row of `hidden` (B, T, D), and all keys and values.
+
+        As in the authors' forward, token i has position i on all three rotary axes, image tokens too.
+        """
+        start, device = past[0].shape[3] if past else 0, hidden.device
+        positions = torch.arange(start + hidden.shape[1], device=device)
+        mask = positions[start:, None] >= positions  # causal, which hides the padding too
+        frequencies = 1 / self.theta ** (torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
+        angles = positions[start:, None, None] * frequencies  # (T, 1, head_dim / 2)
+        states: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            # Nothing attends to what the last layer gives: only the tokens that are pooled go on.
+            pooled = (torch.arange(len(hidden), device=device), last) if number == len(self.layers) - 1 else None
+            hidden, new = layer(hidden, angles, mask, past[number] if past else None, pooled)
+            states.append(new)
+        return self.norm(hidden), states
+
+
+class Qwen2VL(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.visual = VisionTower(config)
+        self.model = Decoder(config)
+
+
+def load_weights(
+    network: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype, kernels: Kernels
+) -> None:
+    """Put the files' weights into a network on the meta device, one by one, so that at most one is there twice.
+
+    What multiplies is in `dtype`, the rest in float32. Raises `StartError` for a weight that is missing or misshapen.
+    """
+    files = [safe_open(path, framework="pt") for path in weight_files(directory)]
+    # A current transformers saves `model.language_model.` and `model.visual.` in place of the published names.
+    stored = {
+        re.sub(r"language_model\.|model\.(?=visual\.)", "", name): (file, name)
+        for file in files
+        for name in file.keys()  # noqa: SIM118
+    }
+    for path, module in network.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            file, stored_name = stored.get(name, (None, name))
+            weight = None if file is None else file.get_tensor(stored_name)
+            if weight is None or weight.shape != parameter.shape:
+                shape = tuple(parameter.shape)
+                raise StartError(f"{directory}: the weight {name} is missing, or has not the shape {shape}.")
+            if isinstance(module, Linear):
+                module.kernels = kernels
+            packed = isinstance(module, Linear) and leaf == "weight"
+            exact = not isinstance(module, Linear | nn.Embedding)
+            weight = weight.to(device, torch.float32 if exact else dtype, copy=not packed)
+            setattr(module, leaf, nn.Parameter(kernels.pack(weight) if packed else weight, requires_grad=False))
+
+
+class Model:
+    """Embeds prepared inputs; for one thread at a time."""
+
+    def __init__(self, directory: Path, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.dimension = device, dtype, config.width
+        with torch.device("meta"):  # names and shapes, and no memory
+            self.network = Qwen2VL(config)
+        kernels = cpu_kernels(dtype, config.width) if device.type == "cpu" else TORCH
+        load_weights(self.network, directory, device, dtype, kernels)
+        self.kept_states = functools.lru_cache(16)(self.states)
+
+    def states(self, prefix: tuple[int, ...]) -> list[Tensor]:
+        """The keys and values of an instruction, for each layer."""
+        return self.forward([Input(np.array(prefix), ())])[1]
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """Unit embeddings (B, D), float32, of inputs that share their prefix: the last tokens' final states.
-
-        Also returns each layer's keys and values (2, B, groups, T, head_dim). As in the authors' forward, token i has
-        position i on all rotary axes, image tokens too. The residual stream is float32 for its precision and its range.
-        """
-        config, device, width = self.text, self.device, self.dimension
-        prefix, shared = inputs[0].prefix, len(inputs[0].prefix)
-        # A prefix over 256 tokens (7 MB for the 2B model in bfloat16) is not kept: every batch computes it
-        compute = self.prefix_states if shared <= 256 else self.prefix_states.__wrapped__
-        past = compute(prefix) if prefix else []
-        rows = [torch.from_numpy(one.token_ids[shared:]) for one in inputs]
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T); the mask hides the padding
-        table = self.weight("model.embed_tokens.weight", config["vocab_size"], width)
-        hidden = functional.embedding(token_ids, table).float()  # (B, T, D)
+        """Unit embeddings (B, D), float32, of inputs that share their prefix, and each layer's keys and values."""
+        prefix = inputs[0].prefix
+        past: list[Tensor] = []
+        if prefix:
+            past = (self.kept_states if len(prefix) <= MAX_KEPT_PREFIX else self.states)(prefix)
+        rows = [torch.from_numpy(one.token_ids[len(prefix) :]) for one in inputs]
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        hidden = self.network.model.embed_tokens(token_ids).float()  # (B, T, D)
         for row, one in enumerate(inputs):
             if one.patches is not None:
-                image = self.see(torch.from_numpy(one.patches), *one.grid)
-                hidden[row, one.image_start - shared :][: len(image)] = image  # in place of its image tokens
-        heads, groups, inner = config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]
-        theta, head_dim = config.get("rope_theta") or config["rope_parameters"]["rope_theta"], width // heads
-        positions = torch.arange(shared + hidden.shape[1], device=device)
-        mask = positions[shared:, None] >= positions  # (T, shared + T)
-        angles = positions[shared:, None, None] / theta ** (torch.arange(0, head_dim, 2, device=device) / head_dim)
-        states = list[Tensor]()
-        for number in range(config["num_hidden_layers"]):
-            layer = f"model.layers.{number}"
-            normed = self.norm(hidden, f"{layer}.input_layernorm")
-            query = self.linear(normed, f"{layer}.self_attn.q_proj", width).unflatten(2, (heads, -1))
-            key = self.linear(normed, f"{layer}.self_attn.k_proj", groups * head_dim).unflatten(2, (groups, -1))
-            value = self.linear(normed, f"{layer}.self_attn.v_proj", groups * head_dim).unflatten(2, (groups, -1))
-            states.append(torch.stack((rotate(key, angles), value)).transpose(2, 3))
-            both = torch.cat((past[number].expand(-1, len(rows), -1, -1, -1), states[-1]), 3) if past else states[-1]
-            key, value = both.repeat_interleave(heads // groups, 2)
-            out = functional.scaled_dot_product_attention(rotate(query, angles).transpose(1, 2), key, value, mask)
-            out = out.transpose(1, 2).flatten(2)  # (B, T, D)
-            if number == config["num_hidden_layers"] - 1:  # nothing attends to its output: keep each input's last token
-                hidden, out = (x[torch.arange(len(rows), device=device), last] for x in (hidden, out))
-            hidden += self.linear(out, f"{layer}.self_attn.o_proj", width, biased=False)
-            normed = self.norm(hidden, f"{layer}.post_attention_layernorm")
-            gated = self.linear(normed, f"{layer}.mlp.up_proj", inner, biased=False, gate=f"{layer}.mlp.gate_proj")
-            hidden += self.linear(gated, f"{layer}.mlp.down_proj", width, biased=False)
-        return functional.normalize(self.norm(hidden, "model.norm"), dim=-1), states
+                image = self.network.visual(torch.from_numpy(one.patches).to(self.device), *one.grid)
+                start = one.image_start - len(prefix)
+                hidden[row, start : start + len(image)] = image
+        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        final, states = self.network.model(hidden, last, past)
+        return functional.normalize(final, dim=-1), states
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """The embeddings. Raises `TooLargeError` when memory runs out, `SystemExit` when the device cannot go on."""
+        """The embeddings. Raises `TooLargeError` when memory runs out, `DeviceLostError` when the device has failed."""
         try:
             return self.forward(inputs)[0].cpu().numpy()
         except torch.AcceleratorError as error:
-            raise SystemExit(f"The device {self.device} cannot go on: {error}") from None
+            raise DeviceLostError(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -486,7 +771,6 @@ class Model:  # Qwen2-VL, for one thread at a time; a weight is read when it is 
         inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
         alone = torch.cat([self.forward([replace(one, prefix=())])[0] for one in inputs])
         distance = 1 - (self.forward(inputs)[0] * alone).sum(1).min().item()
-        self.stored.clear()  # all weights are read: this closes their files
         if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # rounding; "not <=" refuses NaN as well
             reason = f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g})"
             raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
@@ -498,7 +782,7 @@ def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.ones(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:  # memory may be taken by the process before: systemd tries again
-        kind = SystemExit if "out of memory" in str(error) else StartError
+        kind = StartLaterError if "out of memory" in str(error) else StartError
         raise kind(f"GME_DEVICE={name} cannot be used: {str(error).splitlines()[0]}") from None
     if dtype_name == "auto":
         native = any(has and feature.endswith("bf16") for feature, has in torch.cpu.get_capabilities().items())
@@ -517,25 +801,29 @@ CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent
 
 
 @dataclass(slots=True)
-class Waiting:  # an input that has no answer yet
+class Waiting:
+    """An input without an answer: to be prepared while it has a source, and then for the model when it has an input."""
+
     order: int  # the lowest goes first
     arrived: float
     future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
-    item: Source | Input | BaseException | None  # Source: to be prepared, None: a thread has it, Input: for the model
+    source: Source | None
+    input: Input | None = None
 
-    def answer(self, result: np.ndarray | BaseException) -> None:
-        with contextlib.suppress(asyncio.InvalidStateError):  # when it has been cancelled
-            if isinstance(result, BaseException):
-                self.future.set_exception(result)
-            elif isinstance(self.item, Input):
-                self.future.set_result((result, len(self.item.token_ids)))
+    def answer(self, embedding: np.ndarray, tokens: int) -> None:
+        if not self.future.done():  # it may have been cancelled
+            self.future.set_result((embedding, tokens))
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
     """`function(items)`; where it raises, of each half in turn, until one item alone has the error as its result."""
     try:
         return list(function(items))
-    except SystemExit:
+    except DeviceLostError:
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if len(items) == 1 and isinstance(error, ServiceError):
@@ -614,32 +902,36 @@ class Batcher:
                 await self.changed.wait()
             prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
             for (one, _), result in zip(chunk, prepared, strict=True):
-                one.item = result
                 if isinstance(result, BaseException):
-                    one.answer(result)
+                    one.fail(result)
                 elif result.key in self.cache:
                     CACHE_HITS.inc()
                     self.cache.move_to_end(result.key)
-                    one.answer(self.cache[result.key])
+                    one.answer(self.cache[result.key], len(result.token_ids))
+                else:
+                    one.input = result
             self.notify()
 
     def take_chunk(self) -> list[tuple[Waiting, Source]]:
         """The next to prepare, in order: none that AHEAD_BATCHES batches of prepared inputs go before."""
         chunk: list[tuple[Waiting, Source]] = []
-        weight = ahead = 0
+        weight = tokens_ahead = 0
         for one in self.waiting:
-            if isinstance(one.item, Input):
-                ahead += one.item.cost
-            elif isinstance(one.item, Source):
-                weight += one.item.weight
-                if ahead >= AHEAD_BATCHES * self.max_tokens or (chunk and weight > CHUNK_WEIGHT):
+            if one.input:
+                tokens_ahead += one.input.cost
+            elif one.source:
+                if tokens_ahead >= AHEAD_BATCHES * self.max_tokens:
                     break
-                chunk.append((one, one.item))
-                one.item = None
+                weight += one.source.weight
+                if chunk and weight > CHUNK_WEIGHT:
+                    break
+                chunk.append((one, one.source))
+                one.source = None  # a thread has it
         return chunk
 
     async def compute_batches(self) -> None:
-        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1)
         while True:
             while not (batch := self.next_batch()):
                 await self.changed.wait()
@@ -648,30 +940,51 @@ class Batcher:
             started = time.perf_counter()
             results = await loop.run_in_executor(thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            answers = dict(zip((one.key for one in batch), results, strict=True))
-            for one in self.waiting:
-                if isinstance(one.item, Input) and one.item.key in answers:
-                    QUEUE_SECONDS.observe(max(0, started - one.arrived))
-                    one.answer(answers[one.item.key])
-            self.cache |= {key: one.copy() for key, one in answers.items() if isinstance(one, np.ndarray)}
-            while len(self.cache) > self.cache_entries:
-                self.cache.popitem(last=False)
+            self.deliver({one.key: result for one, result in zip(batch, results, strict=True)}, started)
             self.notify()
 
+    def deliver(self, results: dict[bytes, np.ndarray | BaseException], started: float) -> None:
+        """Answer all that wait for these inputs, and remember the embeddings."""
+        for one in self.waiting:
+            if one.input and one.input.key in results:
+                QUEUE_SECONDS.observe(max(0, started - one.arrived))
+                result = results[one.input.key]
+                if isinstance(result, BaseException):
+                    one.fail(result)
+                else:
+                    one.answer(result, len(one.input.token_ids))
+        for key, result in results.items():
+            if isinstance(result, np.ndarray):
+                self.cache[key] = result.copy()  # the row itself would keep its batch
+        while len(self.cache) > self.cache_entries:
+            self.cache.popitem(last=False)
+
     def next_batch(self) -> list[Input]:
-        """The first ready, and of the next with its prefix those nearest in length: a fifth of padding at most."""
-        ready = [one.item for one in self.waiting if isinstance(one.item, Input) and not one.future.done()]
-        alike = list({one.key: one for one in ready if one.prefix == ready[0].prefix}.values())  # equal ones are one
-        sums = itertools.accumulate(one.cost for one in alike)
-        fitting = [one for one, tokens in zip(alike, sums, strict=True) if one is alike[0] or tokens <= self.max_tokens]
-        fitting.sort(key=lambda one: abs(one.cost - alike[0].cost))
-        size = num_tokens = longest = 0
-        for count, one in enumerate(fitting, start=1):
-            num_tokens, longest = num_tokens + one.cost, max(longest, one.cost)
+        """The first input that is ready, and the next that go well with it."""
+        ready = [one.input for one in self.waiting if one.input and not one.future.done()]
+
+        # 1) In the queue's order, those that share the first one's prefix, as far as the tokens of a batch go.
+        candidates: dict[bytes, Input] = {}  # equal inputs are computed once
+        num_tokens = 0
+        for one in ready:
+            if one.prefix != ready[0].prefix or one.key in candidates:
+                continue
+            num_tokens += one.cost
+            if candidates and num_tokens > self.max_tokens:
+                break
+            candidates[one.key] = one
+
+        # 2) Of these as many as can be, the nearest in length first, with a fifth of padding at most.
+        nearest = sorted(candidates.values(), key=lambda one: abs(one.cost - ready[0].cost))
+        size = min(1, len(nearest))
+        num_tokens = longest = 0
+        for count, one in enumerate(nearest, start=1):
+            num_tokens += one.cost
+            longest = max(longest, one.cost)
             num_padded = count * longest
-            if count == 1 or (num_padded <= self.max_tokens and num_tokens >= 0.8 * num_padded):
+            if num_padded <= self.max_tokens and num_tokens >= 0.8 * num_padded:
                 size = count
-        return fitting[:size]
+        return nearest[:size]
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
@@ -682,6 +995,7 @@ INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 JSON_OBJECT = TypeAdapter(dict[str, Any])
 IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
+FORM_FIELDS = {b"text", b"prompt"}
 DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # a text that begins "data: " does not match
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
@@ -724,22 +1038,21 @@ async def on_error(request: Request, error: Exception) -> Response:
     return json_response({"detail": str(ours), "error": {"message": str(ours), "type": kind}}, ours.status, headers)
 
 
-class Guard:
-    """ASGI middleware in front of all routes: bounds each body as it comes, and all together."""
+class LimitBodies:
+    """ASGI middleware: bounds the body of each request as it comes, and the bodies of all together."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
-        self.app, self.max_body, self.open_bytes = app, max_body, 0  # open_bytes: received by all requests under way
+        self.app = app
+        self.max_body = max_body  # bytes
+        self.open_bytes = 0  # received by all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = dropped = 0
-        coming = scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])  # who expects leave waits
-        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
-            scope = {**scope, "method": "OTHER"}  # as it becomes a label of the metrics
+        received = 0
 
         async def receive_counted() -> Message:
-            nonlocal received, coming
+            nonlocal received
             message = await receive()
-            size, coming = len(message.get("body", b"")), message.get("more_body", False)
+            size = len(message.get("body", b""))
             received += size
             self.open_bytes += size
             if received > self.max_body:
@@ -748,55 +1061,115 @@ class Guard:
                 raise BusyError("Too much is being sent: try again in a moment.")
             return message
 
-        async def send_when_read(message: Message) -> None:  # as a client that still sends may not see an answer
-            nonlocal coming, dropped
-            while coming and dropped < 8 * self.max_body:
-                rest = await receive()
-                dropped, coming = dropped + len(rest.get("body", b"")), rest.get("more_body", False)
-            await send(message)
-
         try:
-            await self.app(scope, receive_counted, send_when_read)
+            await self.app(scope, receive_counted, send)
         finally:
             self.open_bytes -= received
+
+
+class ReadBeforeAnswering:
+    """ASGI middleware: a client that still sends may not see an answer: what it sends is read first, and dropped.
+
+    Not when it waits for leave to send (`Expect`), nor more than `max_dropped` bytes.
+    """
+
+    def __init__(self, app: ASGIApp, max_dropped: float) -> None:
+        self.app = app
+        self.max_dropped = max_dropped
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        more = scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])
+        dropped = 0
+
+        async def receive_watched() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
+
+        async def send_when_read(message: Message) -> None:
+            nonlocal dropped
+            while more and dropped < self.max_dropped:
+                dropped += len((await receive_watched()).get("body", b""))
+            await send(message)
+
+        await self.app(scope, receive_watched, send_when_read)
+
+
+class NameOtherMethods:
+    """ASGI middleware: a method becomes a label of the metrics, so that a client must not make up new ones."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
+            scope = {**scope, "method": "OTHER"}
+        await self.app(scope, receive, send)
+
+
+def has_too_many_values(body: bytes, most: int) -> bool:
+    """Whether JSON has over `most` quotes, or bytes outside its strings: a parser takes seconds for 32 MB of these."""
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if unescaped.count(b'"') > most:
+        return True
+    outside_strings = unescaped.split(b'"')[::2]
+    return sum(map(len, outside_strings)) > most
 
 
 async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
-    # A parser takes seconds for 32 MB of small values: what is outside the strings is bounded first, in bytes.
-    unescaped, bound = body.replace(rb"\\", b"").replace(rb"\"", b""), 64 * max_inputs + 100_000
-    if unescaped.count(b'"') > bound or sum(map(len, unescaped.split(b'"')[::2])) > bound:
+    if has_too_many_values(body, 64 * max_inputs + 100_000):
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        given = JSON_OBJECT.validate_json(body).items()
-        return kind.model_validate({name: x for name, x in given if x is not None and IGNORED.get(name) != x})
+        fields = JSON_OBJECT.validate_json(body)
+        return kind.model_validate({name: value for name, value in fields.items() if not changes_nothing(name, value)})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(step + 1 if isinstance(step, int) else step) for step in fault["loc"]) or "body"
+        steps = [step + 1 if isinstance(step, int) else step for step in fault["loc"]]  # the first text is texts.1
+        place = ".".join(map(str, steps)) or "body"
         raise MalformedError(f"{place[:50]}: {fault['msg']}. {kind.__doc__}") from None
+
+
+def changes_nothing(name: str, value: object) -> bool:
+    return value is None or IGNORED.get(name) == value
 
 
 async def read_form(request: Request, max_files: int) -> list[Source]:
     """The images of a multipart form, which stays in memory. Raises `MalformedError` or `TooLargeError`."""
-    files, fields, ended = list[Any](), list[multipart.Field](), asyncio.Event()
+    malformed = MalformedError(f"body: {ImageForm.__doc__}")
+    files: list[Any] = []
+    fields: list[multipart.Field] = []
+    ended = False
+
+    def on_end() -> None:
+        nonlocal ended
+        ended = True
+
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
-    boundary, config = options.get(b"boundary"), {"MAX_MEMORY_FILE_SIZE": math.inf}
+    boundary = options.get(b"boundary")
+    config = {"MAX_MEMORY_FILE_SIZE": math.inf}
     try:
-        parser = multipart.FormParser(kind.decode(), fields.append, files.append, ended.set, boundary, config=config)
+        parser = multipart.FormParser(kind.decode(), fields.append, files.append, on_end, boundary, config=config)
         async for chunk in request.stream():
             parser.write(chunk)
-            if len(files) + len(fields) - 2 > max_files:  # two of them may be `text` and `prompt`
+            if len(files) + len(fields) > max_files + len(FORM_FIELDS):
                 raise TooLargeError(f"The form has more than {max_files} files: send fewer.")
         texts = {field.field_name: (field.value or b"").decode() for field in fields}
-        allowed = len(texts) == len(fields) and texts.keys() <= {b"text", b"prompt"}  # each once at most
-        if not ended.is_set() or not allowed or {file.field_name for file in files} != {b"file"}:
-            raise ValueError
-    except ValueError:
-        raise MalformedError(f"body: {ImageForm.__doc__}") from None
-    text, prompt = texts.get(b"text", ""), texts.get(b"prompt") or DEFAULT_INSTRUCTION
-    names = (f"File {n} ({file.file_name.decode(errors='replace')[:50]}): " for n, file in enumerate(files, start=1))
-    return [Source(text, file.file_object.getvalue(), prompt, name) for file, name in zip(files, names, strict=True)]
+    except ValueError:  # the parser's, or text that is not UTF-8
+        raise malformed from None
+    once_each = len(texts) == len(fields)
+    only_files = {file.field_name for file in files} == {b"file"}
+    if not (ended and once_each and only_files and texts.keys() <= FORM_FIELDS):
+        raise malformed
+
+    sources = []
+    for number, file in enumerate(files, start=1):
+        name = f"File {number} ({file.file_name.decode(errors='replace')[:50]}): "
+        prompt = texts.get(b"prompt") or DEFAULT_INSTRUCTION
+        sources.append(Source(texts.get(b"text", ""), file.file_object.getvalue(), prompt, name))
+    return sources
 
 
 def read_item(item: Any, name: str, instruction: str) -> Source:
@@ -910,41 +1283,58 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
-    app.add_middleware(Guard, max_body=settings.max_body_mb * 2**20)  # the last is the first that a request meets
+    max_body = settings.max_body_mb * 2**20
+    app.add_middleware(LimitBodies, max_body=max_body)
+    app.add_middleware(ReadBeforeAnswering, max_dropped=8 * max_body)
+    app.add_middleware(NameOtherMethods)  # the last is the first that a request meets
     return app
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
-def build() -> FastAPI:
-    """Load the model and return the app that serves it. Raises `StartError`."""
-    started, settings = time.perf_counter(), Settings.load()
+def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
+    """All that answers, without HTTP. Raises `StartError`."""
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = find_checkpoint(settings)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
-    model = Model(directory, device, dtype)
+    model = Model(directory, Config.read(directory), device, dtype)
     model.check(prepare([Source("A red circle on white."), Source("harbour")]))  # short, as every start computes them
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # 4 bytes a number, 200 of Python's
     batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
+    return prepare, model, batcher
+
+
+def build() -> FastAPI:
+    """Load the model and return the app that serves it. Raises `StartError`."""
+    started = time.perf_counter()
+    settings = Settings.load()
+    _, model, batcher = load(settings)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
     key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY holds none)"
-    what = f"{settings.model_id} from {directory} on {device} in {dtype}, {model.dimension} dimensions"
-    log.info(f"GME Service {__version__}: {what}, loaded in {time.perf_counter() - started:.1f} s; {key}.")
+    what = f"{settings.model_id} from {settings.model_dir / settings.model_id} on {model.device} in {model.dtype}"
+    took = f"{model.dimension} dimensions, loaded in {time.perf_counter() - started:.1f} s"
+    log.info(f"GME Service {__version__}: {what}, {took}; {key}.")
     return create_app(settings, batcher, model)
 
 
-try:
-    if __name__ != "__main__":
-        app = build()
-    elif sys.argv[1:] == ["--version"]:
+def main(arguments: list[str]) -> None:
+    """What `python gme_service.py` does: --version, --verify, or uvicorn with its own options."""
+    if arguments == ["--version"]:
         print(__version__)
-    elif sys.argv[1:] == ["--verify"]:
+    elif arguments == ["--verify"]:
         print(verify(Settings.load()))
     else:
-        command = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
-        os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
-except (StartError, KeyError) as error:
-    print(f"The model is no Qwen2-VL: it lacks {error}." if isinstance(error, KeyError) else error, file=sys.stderr)
-    sys.exit(78)  # EX_CONFIG of sysexits.h, at which systemd does not start it again
+        serve = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
+        os.execv(sys.executable, [sys.executable, *serve, *arguments])
+
+
+try:
+    if __name__ == "__main__":
+        main(sys.argv[1:])
+    else:
+        app = build()  # when uvicorn imports it, before the port opens
+except StartError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)

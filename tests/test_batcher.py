@@ -102,7 +102,7 @@ class Rig:
 
     def ready(self) -> Counter[str]:
         """Names that are ready for the model, or with it."""
-        return Counter(name_of(one.item) for one in self.batcher.waiting if isinstance(one.item, gme.Input))
+        return Counter(name_of(one.input) for one in self.batcher.waiting if one.input)
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):

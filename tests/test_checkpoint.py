@@ -126,7 +126,7 @@ def test_a_checkpoint_is_complete_when_every_file_that_is_read_is_whole(by_hand:
 def test_a_shard_with_wrong_bytes_is_refused(hub: Hub, checkpoint: Path) -> None:
     right = (TOY / SHARDS[1]).read_bytes()
     hub.wrong[SHARDS[1]] = right[:-1] + bytes([right[-1] ^ 1])
-    with pytest.raises(SystemExit, match=SHARDS[1]):
+    with pytest.raises(gme.StartLaterError, match=SHARDS[1]):
         gme.find_checkpoint(gme.Settings.load())
     assert SHARDS[1] not in contents(checkpoint)
 

@@ -78,7 +78,7 @@ def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
 
 def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(SystemExit):  # and not with the code that prevents a restart
+    with pytest.raises(gme.StartLaterError):  # and not with the code that prevents a restart
         gme.choose_device("cpu", "auto")
 
 

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPMethod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -423,229 +423,372 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
-# Qwen2-VL in plain torch. Modules and parameters are called as in the published checkpoint, so that the network
-# is also the list of weights to read. In shapes: B inputs, T tokens of each, P patches of an image, D the width.
-MAX_KEPT_PREFIX = 256  # tokens, whose states take 7 MB for the 2B model in bfloat16
-MLP_ROWS = 512  # patches whose inner layer fits into a CPU's cache
+# Qwen2-VL in plain torch. A module for each of the published ones, with their names, so that the network is also the
+# list of weights to read. Nothing is padded: the tokens of all inputs lie in one row, as do the patches of all images,
+# and only attention knows where one input ends.
+#
+# In shapes: N tokens of all inputs, D their width, P patches of all images, V the width of the vision tower.
+# The residual stream, `hidden`, is float32 whatever the dtype of the weights: for precision, and for float16's range.
+QUICK_GELU = 1.702  # quick_gelu(x) = x * sigmoid(1.702 * x), which is silu(1.702 * x) / 1.702
+VISION_THETA = 10_000
+LAYER_NORM_EPS = 1e-6
+MAX_KEPT_PREFIX = 256  # tokens of an instruction whose states are kept: 7 MB for the 2B model in bfloat16
+KEPT_PREFIXES = 16
+LIKE_LENGTH = 0.8  # inputs share a call of attention when so much of it is no padding
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The four operations that take nearly all of the time, and may differ from one device to another."""
+    """How to compute what takes nearly all of the time, as it suits a device."""
 
-    pack: Callable[[Tensor], Tensor]  # lays a weight out for the next two: a copy, as its file may change
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear_silu: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # silu of a linear layer
     gated: Callable[[Tensor, Tensor, Tensor], Tensor]  # silu(x @ gate) * (x @ up)
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # within one image
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # within images, (B, heads, P, head_dim)
+    pack: Callable[[Tensor], Tensor] | None = None  # copies the matrix of a linear layer into the layout of the above
+    rows_together: int = 1 << 30  # patches that go through an MLP together
+    patches_together: int = 1 << 14  # of several images, in the vision tower: more gain nothing, and take memory
+
+
+def torch_linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.silu(functional.linear(x, weight, bias), inplace=True)
 
 
 def torch_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    return torch_linear_silu(x, gate, None).mul_(functional.linear(x, up))
+
+
+def torch_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
+def onednn_linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "swish", [], "")
+
+
 def onednn_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    opened = torch.ops.mkldnn._linear_pointwise.default(x, gate, None, "swish", [], "")
+    opened = onednn_linear_silu(x, gate, None)
     return torch.ops.mkldnn._linear_pointwise.binary(x, opened, up, None, "mul")
+
+
+def onednn_pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, batch_size=512)
 
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Head by head and 512 queries at a time: on a CPU in bfloat16, twice as fast as torch's own."""
+    query = query * query.shape[-1] ** -0.5
+    heads = zip(*(x.flatten(0, 1).unbind() for x in (query, key, value)), strict=True)
     chunks = []
-    for q, k, v in zip(query[0] * query.shape[-1] ** -0.5, key[0].contiguous(), value[0].contiguous(), strict=True):
+    for q, k, v in heads:
+        k, v = k.contiguous(), v.contiguous()
         chunks += [(rows @ k.T).softmax(-1) @ v for rows in q.split(512)]
     return torch.cat(chunks).view_as(query)
 
 
-TORCH = Kernels(
-    Tensor.clone, functional.linear, torch_gated, lambda *qkv: functional.scaled_dot_product_attention(*qkv)
-)
+TORCH = Kernels(functional.linear, torch_linear_silu, torch_gated, torch_attend)
+
+
+def onednn_agrees(dtype: torch.dtype) -> bool:
+    """Whether torch's oneDNN operators, which are private, are there and give what its public ones give."""
+    x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
+    try:
+        packed = onednn_pack(weight)
+        pairs = [
+            (onednn_linear(x, packed, bias), functional.linear(x, weight, bias)),
+            (onednn_linear_silu(x, packed, bias), torch_linear_silu(x, weight, bias)),
+            (onednn_gated(x, packed, packed), torch_gated(x, weight, weight)),
+        ]
+        return all(torch.allclose(ours, theirs, rtol=0.02, atol=0.002) for ours, theirs in pairs)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
-    """Set torch up for a CPU, and choose the fastest kernels that give what torch's public ones give."""
+    """Set torch up for a CPU, and choose what is fastest there."""
     features = torch.cpu.get_capabilities()
     if width < 512:
         torch.set_num_threads(1)  # the products of a small model are too short for two
     if features.get("avx2") and not features.get("amx_bf16"):
-        torch.set_float32_matmul_precision("medium")  # oneDNN, not MKL; with AMX or on ARM it would round to bfloat16
-    kernels = replace(TORCH, attend=attend_in_chunks) if dtype == torch.bfloat16 else TORCH
-    try:
-        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=512)
-        x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
-        packed = pack(weight)
-        for got, expected in (
-            (onednn_linear(x, packed, bias), functional.linear(x, weight, bias)),
-            (onednn_gated(x, packed, packed), torch_gated(x, weight, weight)),
-        ):
-            if not torch.allclose(got, expected, rtol=0.02, atol=0.002):
-                raise RuntimeError("their products differ")
-    except (AttributeError, RuntimeError, TypeError) as error:  # the operators are private: torch may change them
-        log.info("torch's own products are used, as its oneDNN operators are not as expected: %.200r", error)
+        # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
+        torch.set_float32_matmul_precision("medium")
+    # One image at a time, and of its patches as many as leave the inner layer of the MLP in the cache.
+    kernels = replace(TORCH, rows_together=512, patches_together=1)
+    if dtype == torch.bfloat16:
+        kernels = replace(kernels, attend=attend_in_chunks)
+    if not onednn_agrees(dtype):
+        log.info("torch's own products are used, as its oneDNN operators are not as expected.")
         return kernels
-    return replace(kernels, pack=pack, linear=onednn_linear, gated=onednn_gated)
+    return replace(kernels, linear=onednn_linear, linear_silu=onednn_linear_silu, gated=onednn_gated, pack=onednn_pack)
+
+
+def cuda_kernels() -> Kernels:
+    """Set torch up for a GPU."""
+    # cuDNN would plan its attention for 25 to 400 ms for each new shape, and nearly each batch has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Sums in float16 can overflow: products that are split add their parts in float32.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return TORCH
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight; `load_weights` gives it its kernels."""
+    """A linear layer that computes in the dtype of its weight."""
 
-    kernels = TORCH
+    def __init__(self, kernels: Kernels, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary position embedding of x (..., head_dim), whose halves make the pairs, by angles (..., head_dim / 2)."""
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    def silu(self, x: Tensor) -> Tensor:
+        return self.kernels.linear_silu(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-# The residual stream, `hidden`, is float32 whatever the dtype of the weights: for precision, and for float16's range.
+class MergedLinear(Linear):
+    """Several published layers as one matrix: `parts` has the name of each, and how many outputs are its own."""
+
+    def __init__(self, kernels: Kernels, inputs: int, parts: dict[str, int]) -> None:
+        super().__init__(kernels, inputs, sum(parts.values()))
+        self.parts = parts
+
+
+class Turns(NamedTuple):
+    """What rotary position embedding multiplies by, for each token or patch: (N, 1, head_dim), float32."""
+
+    cos: Tensor
+    sin: Tensor  # with the sign of each half
+
+    @classmethod
+    def by(cls, angles: Tensor) -> "Turns":
+        """From the angles of a head's pairs, (N, head_dim / 2)."""
+        cos, sin = angles.cos(), angles.sin()
+        return cls(torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None])
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (N, heads, head_dim): its first half makes the pairs with its second half."""
+        first, second = x.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        return torch.addcmul(x * self.cos, swapped, self.sin).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, pairs: int, theta: float) -> Tensor:
+    """(N, pairs), rounded in the authors' order: the inverse frequencies first, in float32."""
+    inverse = 1 / theta ** (torch.arange(0, 2 * pairs, 2, device=positions.device) / (2 * pairs))
+    return positions[:, None] * inverse
+
+
+@dataclass(frozen=True)
+class Span:
+    """Inputs of like length that share one call of attention, in which they lie as (B, T) with padding at the end."""
+
+    start: int  # its first token in the row of all
+    stop: int
+    count: int  # B
+    longest: int  # T
+    slots: Tensor | None  # of each token, among the B * T; None where nothing is padded
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The span's part of x (N, …), as (B, T, …)."""
+        own = x[self.start : self.stop]
+        if self.slots is not None:
+            padded = own.new_zeros((self.count * self.longest, *own.shape[1:]))
+            own = padded.index_copy_(0, self.slots, own)
+        return own.unflatten(0, (self.count, self.longest))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The tokens of x (B, T, …) in a row."""
+        flat = x.flatten(0, 1)
+        return flat if self.slots is None else flat[self.slots]
+
+
 class VisionAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+    """Full attention within each image."""
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, 1, self.heads, -1).permute(1, 2, 3, 0, 4)  # (3, 1, heads, P, head_dim)
-        query, key = rotate(qkv[:2], angles)
-        attended = self.qkv.kernels.attend(query, key, qkv[2])
-        return self.proj(attended[0].transpose(0, 1).flatten(1))
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.heads = config.vision_heads
+        self.kernels = kernels
+        self.qkv = Linear(kernels, config.vision_width, 3 * config.vision_width)
+        self.proj = Linear(kernels, config.vision_width, config.vision_width)
+
+    def forward(self, x: Tensor, turns: Turns, sizes: Sequence[int]) -> Tensor:
+        """x (P, V), of images with these numbers of patches."""
+        query, key, value = self.qkv(x).unflatten(1, (3 * self.heads, -1)).split(self.heads, dim=1)
+        parts = (part.split(list(sizes)) for part in (turns.rotate(query), turns.rotate(key), value))
+        attended = [self.attend(*image) for image in zip(*parts, strict=True)]
+        return self.proj(torch.cat(attended))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One image: (patches, heads, head_dim) to (patches, V)."""
+        heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return self.kernels.attend(*heads_first)[0].transpose(0, 1).flatten(1)
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc1 = Linear(kernels, config.vision_width, config.vision_inner)
+        self.fc2 = Linear(kernels, config.vision_inner, config.vision_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.fc1(x)
-        return self.fc2(torch.sigmoid(1.702 * inner).mul_(inner))  # quick_gelu
+        return self.fc2(self.fc1.silu(x))
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VisionAttention(width, heads)
-        self.mlp = VisionMLP(width)
+        self.rows_together = kernels.rows_together
+        self.norm1 = nn.LayerNorm(config.vision_width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.vision_width, eps=LAYER_NORM_EPS)
+        self.attn = VisionAttention(config, kernels)
+        self.mlp = VisionMLP(config, kernels)
 
-    def forward(self, hidden: Tensor, angles: Tensor) -> None:
-        hidden += self.attn(self.norm1(hidden), angles)
-        for rows in hidden.split(MLP_ROWS) if hidden.device.type == "cpu" else [hidden]:  # views of it
-            rows += self.mlp(self.norm2(rows))
+    def fold(self) -> None:
+        """Put quick_gelu's factor into the weights, once they are read: the MLP then gives 1.702 times its output."""
+        for tensor in (self.norm2.weight, self.norm2.bias, self.mlp.fc1.bias, self.mlp.fc2.bias):
+            tensor.mul_(QUICK_GELU)
+
+    def forward(self, hidden: Tensor, turns: Turns, sizes: Sequence[int]) -> None:
+        """Add the block's part to hidden (P, V)."""
+        hidden += self.attn(self.norm1(hidden), turns, sizes)
+        for rows in hidden.split(self.rows_together):
+            rows.add_(self.mlp(self.norm2(rows)), alpha=1 / QUICK_GELU)
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, width: int, mean: list[float], std: list[float]) -> None:
+    """The published convolution over two frames, which for a still image are equal."""
+
+    matrix: Tensor  # (V, 588)
+    bias: Tensor
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
-        self.proj = nn.Conv3d(3, width, kernel_size=(2, PATCH, PATCH), bias=False)
+        self.mean = config.mean
+        self.std = config.std
+        self.proj = nn.Conv3d(3, config.vision_width, kernel_size=(2, PATCH, PATCH), bias=False)
+
+    def fold(self) -> None:
+        """Make a matrix and a bias of the weight, for pixels from 0 to 255 that are not normalised."""
+        weight = self.proj.weight.sum(2).flatten(2)  # (V, 3, 196)
+        mean, std = (torch.tensor(numbers, device=weight.device)[:, None] for numbers in (self.mean, self.std))
+        self.matrix = (weight / (255 * std)).flatten(1)
+        self.bias = -(weight * (mean / std)).sum((1, 2))
+        del self.proj
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(P, 588) uint8 to (P, width). Both frames of the published convolution are the one still image."""
-        weight = self.proj.weight.sum(2).flatten(1)
-        mean, std = (torch.tensor(numbers, device=patches.device)[:, None] for numbers in (self.mean, self.std))
-        pixels = (patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std
-        return functional.linear(pixels.flatten(1), weight)
+        """(P, 588) uint8 to (P, V)."""
+        return functional.linear(patches.float(), self.matrix, self.bias)
 
 
 class PatchMerger(nn.Module):
-    """The four neighbours of a token become one vector."""
+    """Four neighbours become the embedding of one token."""
 
-    def __init__(self, vision_width: int, width: int) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.ln_q = nn.LayerNorm(vision_width, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(4 * vision_width, 4 * vision_width), nn.GELU(), Linear(4 * vision_width, width))
+        four = 4 * config.vision_width
+        self.ln_q = nn.LayerNorm(config.vision_width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(Linear(kernels, four, four), nn.GELU(), Linear(kernels, four, config.width))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden).view(len(hidden) // 4, -1))
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        width, heads = config.vision_width, config.vision_heads
-        self.head_dim = width // heads
-        self.patch_embed = PatchEmbed(width, config.mean, config.std)
-        self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(config.vision_layers))
-        self.merger = PatchMerger(width, config.width)
+        self.head_dim = config.vision_width // config.vision_heads
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.vision_layers))
+        self.merger = PatchMerger(config, kernels)
 
-    def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """Token embeddings (P / 4, D) of one image's patches (P, 588), uint8."""
+    def forward(self, patches: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Token embeddings (P / 4, D) of images with these numbers of patches.
+
+        Patches are (P, 588), uint8; places, the row and the column of each, are (P, 2).
+        """
         hidden = self.patch_embed(patches)
-        angles = self.angles(rows, columns).to(hidden.device)
+        turns = Turns.by(self.angles(places))
         for block in self.blocks:
-            block(hidden, angles)
+            block(hidden, turns, sizes)
         return self.merger(hidden)
 
-    def angles(self, rows: int, columns: int) -> Tensor:
-        """(P, head_dim / 2): half of a head's pairs turn by their patch's row, the other half by its column."""
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        places = places.view(rows // 2, 2, columns // 2, 2, 2).transpose(1, 2)  # the four of each token together
+    def angles(self, places: Tensor) -> Tensor:
+        """(P, head_dim / 2): half of a head's pairs turn by the patch's row, the other half by its column."""
         pairs = self.head_dim // 4
-        return (places.reshape(-1, 2, 1) / 10000 ** (torch.arange(pairs) / pairs)).flatten(1)
+        return torch.cat([rotary_angles(axis, pairs, VISION_THETA) for axis in places.unbind(1)], dim=1)
 
 
 class Attention(nn.Module):
     """Causal, with grouped queries, behind the keys and values of a prefix."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
         self.heads, self.groups = config.heads, config.groups
         head_dim = config.width // config.heads
-        self.q_proj = Linear(config.width, config.heads * head_dim)
-        self.k_proj = Linear(config.width, config.groups * head_dim)
-        self.v_proj = Linear(config.width, config.groups * head_dim)
-        self.o_proj = Linear(config.heads * head_dim, config.width, bias=False)
+        queries, keys = config.heads * head_dim, config.groups * head_dim
+        self.qkv_proj = MergedLinear(kernels, config.width, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
+        self.o_proj = Linear(kernels, queries, config.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the heads attend to (B, T, D), before `o_proj`, and the keys and values (2, B, groups, T, head_dim)."""
-        query = rotate(self.q_proj(x).unflatten(2, (self.heads, -1)), angles).transpose(1, 2)
-        key = rotate(self.k_proj(x).unflatten(2, (self.groups, -1)), angles)
-        value = self.v_proj(x).unflatten(2, (self.groups, -1))
-        states = torch.stack((key, value)).transpose(2, 3)
-        seen = states if past is None else torch.cat((past.expand(-1, len(x), -1, -1, -1), states), dim=3)
-        key, value = seen.repeat_interleave(self.heads // self.groups, dim=2)
-        attended = functional.scaled_dot_product_attention(query, key, value, mask)
-        return attended.transpose(1, 2).flatten(2), states
+    def forward(
+        self, x: Tensor, turns: Turns, spans: Sequence[Span], mask: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads attend to (N, D), before `o_proj`, and the keys and values (N, 2 * groups, head_dim)."""
+        qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.groups, -1))
+        turned = turns.rotate(qkv[:, : self.heads + self.groups])
+        query, key = turned.split((self.heads, self.groups), dim=1)
+        states = torch.cat((key, qkv[:, self.heads + self.groups :]), dim=1)
+        attended = [self.attend(query, states, span, mask, past) for span in spans]
+        return torch.cat(attended), states
+
+    def attend(self, query: Tensor, states: Tensor, span: Span, mask: Tensor, past: Tensor | None) -> Tensor:
+        """The part of one span, (tokens of the span, D)."""
+        own = span.pad(states)
+        seen = own if past is None else torch.cat((past.expand(span.count, -1, -1, -1), own), dim=1)
+        key, value = seen.repeat_interleave(self.heads // self.groups, dim=2).transpose(1, 2).split(self.heads, dim=1)
+        mask = mask[: span.longest, : key.shape[2]]
+        attended = functional.scaled_dot_product_attention(span.pad(query).transpose(1, 2), key, value, mask)
+        return span.unpad(attended.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.width, config.inner, bias=False)
-        self.up_proj = Linear(config.width, config.inner, bias=False)
-        self.down_proj = Linear(config.inner, config.width, bias=False)
+        self.gated = kernels.gated
+        self.gate_proj = Linear(kernels, config.width, config.inner, bias=False)
+        self.up_proj = Linear(kernels, config.width, config.inner, bias=False)
+        self.down_proj = Linear(kernels, config.inner, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj.weight, self.up_proj.weight
-        return self.down_proj(self.up_proj.kernels.gated(x.to(up.dtype), gate, up))
+        x = x.to(self.up_proj.weight.dtype)
+        return self.down_proj(self.gated(x, self.gate_proj.weight, self.up_proj.weight))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.width, config.eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = nn.RMSNorm(config.width, config.eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config, kernels)
 
     def forward(
-        self, hidden: Tensor, angles: Tensor, mask: Tensor, past: Tensor | None, pooled: tuple[Tensor, Tensor] | None
+        self,
+        hidden: Tensor,
+        turns: Turns,
+        spans: Sequence[Span],
+        mask: Tensor,
+        past: Tensor | None,
+        pooled: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The new `hidden`, of the `pooled` tokens alone where they are given, and the keys and values."""
-        attended, states = self.self_attn(self.input_layernorm(hidden), angles, mask, past)
-        if pooled:
+        attended, states = self.self_attn(self.input_layernorm(hidden), turns, spans, mask, past)
+        if pooled is not None:
             hidden, attended = hidden[pooled], attended[pooled]
         hidden += self.self_attn.o_proj(attended)
         hidden += self.mlp(self.post_attention_layernorm(hidden))
@@ -653,106 +796,135 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
+        self.theta, self.head_dim = config.theta, config.width // config.heads
         # Not by its constructor, whose random values would import 800 modules on the meta device.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width))
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
-        self.theta, self.head_dim = config.theta, config.width // config.heads
 
-    def forward(self, hidden: Tensor, last: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The final states (B, D) of the `last` token of each row of `hidden` (B, T, D), and all keys and values.
+    def forward(
+        self, hidden: Tensor, positions: Tensor, spans: Sequence[Span], pooled: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The final states (B, D) of the `pooled` tokens, and each layer's keys and values.
 
-        As in the authors' forward, token i has position i on all three rotary axes, image tokens too.
+        Of all tokens, `hidden` is (N, D) and `positions` (N,): as in the authors' forward, token i of an input has
+        position i on all three rotary axes, image tokens too. `past` are the keys and values of the prefix.
         """
-        start, device = past[0].shape[3] if past else 0, hidden.device
-        positions = torch.arange(start + hidden.shape[1], device=device)
-        mask = positions[start:, None] >= positions  # causal, which hides the padding too
-        frequencies = 1 / self.theta ** (torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
-        angles = positions[start:, None, None] * frequencies  # (T, 1, head_dim / 2)
+        turns = Turns.by(rotary_angles(positions, self.head_dim // 2, self.theta))
+        before = len(past[0]) if past else 0
+        mask = self.mask(before, max(span.longest for span in spans), hidden.device)
         states: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             # Nothing attends to what the last layer gives: only the tokens that are pooled go on.
-            pooled = (torch.arange(len(hidden), device=device), last) if number == len(self.layers) - 1 else None
-            hidden, new = layer(hidden, angles, mask, past[number] if past else None, pooled)
+            chosen = pooled if number == len(self.layers) - 1 else None
+            hidden, new = layer(hidden, turns, spans, mask, past[number] if past else None, chosen)
             states.append(new)
         return self.norm(hidden), states
 
+    def mask(self, before: int, longest: int, device: torch.device) -> Tensor:
+        """(T, before + T), to be added: a token sees the prefix and its own input up to itself, so no padding."""
+        length = before + longest
+        # Attention's kernels on a GPU need rows that begin at a multiple of 8 numbers, and pad them otherwise.
+        columns = torch.arange(length + -length % 8, device=device)
+        hidden_from = torch.arange(before, length, device=device)[:, None] < columns
+        mask = torch.zeros(hidden_from.shape, dtype=self.embed_tokens.weight.dtype, device=device)
+        return mask.masked_fill_(hidden_from, -math.inf)[:, :length]
+
 
 class Qwen2VL(nn.Module):
-    def __init__(self, config: Config) -> None:
+    """The network, whose attribute tree has the names of the published checkpoint."""
+
+    def __init__(self, config: Config, kernels: Kernels = TORCH) -> None:
         super().__init__()
-        self.visual = VisionTower(config)
-        self.model = Decoder(config)
+        self.visual = VisionTower(config, kernels)
+        self.model = Decoder(config, kernels)
 
 
-def load_weights(
-    network: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype, kernels: Kernels
-) -> None:
-    """Put the files' weights into a network on the meta device, one by one, so that at most one is there twice.
+class WeightReader:
+    """Reads tensors by their published names from the mapped files of a checkpoint."""
 
-    What multiplies is in `dtype`, the rest in float32. Raises `StartError` for a weight that is missing or misshapen.
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.stored: dict[str, tuple[Any, str]] = {}
+        for path in sorted(weight_files(directory)):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118
+                # A current transformers saves `model.language_model.` and `model.visual.` in place of these.
+                published = re.sub(r"language_model\.|model\.(?=visual\.)", "", name)
+                self.stored[published] = (file, name)
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A view of the file. Raises `StartError` for a weight that is missing or has another shape."""
+        if name not in self.stored:
+            raise StartError(f"{self.directory}: the weight {name} is missing. Fetch the model again.")
+        file, stored_name = self.stored[name]
+        weight = file.get_tensor(stored_name)
+        if list(weight.shape) != list(shape):
+            raise StartError(
+                f"{self.directory}: the weight {name} has the shape {list(weight.shape)},"
+                f" and config.json asks for {list(shape)}. Fetch the model again."
+            )
+        return weight
+
+
+def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a network that is on the meta device, one tensor after the other, so that at most one is there twice.
+
+    The matrices and biases of linear layers and the table of embeddings are in `dtype`, all else in float32.
+    Raises `StartError` for a weight that is missing or misshapen.
     """
-    files = [safe_open(path, framework="pt") for path in weight_files(directory)]
-    # A current transformers saves `model.language_model.` and `model.visual.` in place of the published names.
-    stored = {
-        re.sub(r"language_model\.|model\.(?=visual\.)", "", name): (file, name)
-        for file in files
-        for name in file.keys()  # noqa: SIM118
-    }
     for path, module in network.named_modules():
+        kind = dtype if isinstance(module, Linear | nn.Embedding) else torch.float32
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}"
-            file, stored_name = stored.get(name, (None, name))
-            weight = None if file is None else file.get_tensor(stored_name)
-            if weight is None or weight.shape != parameter.shape:
-                shape = tuple(parameter.shape)
-                raise StartError(f"{directory}: the weight {name} is missing, or has not the shape {shape}.")
-            if isinstance(module, Linear):
-                module.kernels = kernels
-            packed = isinstance(module, Linear) and leaf == "weight"
-            exact = not isinstance(module, Linear | nn.Embedding)
-            weight = weight.to(device, torch.float32 if exact else dtype, copy=not packed)
-            setattr(module, leaf, nn.Parameter(kernels.pack(weight) if packed else weight, requires_grad=False))
+            pack = module.kernels.pack if isinstance(module, Linear) and leaf == "weight" else None
+            # A copy in any case, as the file may change.
+            parts = [
+                reader.read(name, shape).to(device, kind, copy=pack is None)
+                for name, shape in stored_parts(path, module, leaf, parameter)
+            ]
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+            setattr(module, leaf, nn.Parameter(pack(weight) if pack else weight, requires_grad=False))
+    for module in network.modules():
+        if isinstance(module, PatchEmbed | VisionBlock):
+            module.fold()
+
+
+def stored_parts(path: str, module: nn.Module, leaf: str, parameter: Tensor) -> list[tuple[str, Sequence[int]]]:
+    """The names and shapes in the checkpoint of what makes a parameter."""
+    if not isinstance(module, MergedLinear):
+        return [(f"{path}.{leaf}", parameter.shape)]
+    parent = path.rpartition(".")[0]
+    return [(f"{parent}.{part}.{leaf}", (rows, *parameter.shape[1:])) for part, rows in module.parts.items()]
+
+
+def place_patches(rows: int, columns: int) -> np.ndarray:
+    """The row and the column (P, 2) of an image's patches, in their order: the four of a token together."""
+    places = np.indices((rows, columns)).transpose(1, 2, 0)
+    return places.reshape(rows // 2, 2, columns // 2, 2, 2).swapaxes(1, 2).reshape(-1, 2)
 
 
 class Model:
     """Embeds prepared inputs; for one thread at a time."""
 
     def __init__(self, directory: Path, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.dimension = device, dtype, config.width
+        """Load the weights. Raises `StartError` for one that is missing or misshapen."""
+        self.directory = directory
+        self.device = device
+        self.dtype = dtype
+        self.dimension = config.width
+        self.kernels = cpu_kernels(dtype, config.width) if device.type == "cpu" else cuda_kernels()
         with torch.device("meta"):  # names and shapes, and no memory
-            self.network = Qwen2VL(config)
-        kernels = cpu_kernels(dtype, config.width) if device.type == "cpu" else TORCH
-        load_weights(self.network, directory, device, dtype, kernels)
-        self.kept_states = functools.lru_cache(16)(self.states)
-
-    def states(self, prefix: tuple[int, ...]) -> list[Tensor]:
-        """The keys and values of an instruction, for each layer."""
-        return self.forward([Input(np.array(prefix), ())])[1]
-
-    @torch.inference_mode()
-    def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """Unit embeddings (B, D), float32, of inputs that share their prefix, and each layer's keys and values."""
-        prefix = inputs[0].prefix
-        past: list[Tensor] = []
-        if prefix:
-            past = (self.kept_states if len(prefix) <= MAX_KEPT_PREFIX else self.states)(prefix)
-        rows = [torch.from_numpy(one.token_ids[len(prefix) :]) for one in inputs]
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-        hidden = self.network.model.embed_tokens(token_ids).float()  # (B, T, D)
-        for row, one in enumerate(inputs):
-            if one.patches is not None:
-                image = self.network.visual(torch.from_numpy(one.patches).to(self.device), *one.grid)
-                start = one.image_start - len(prefix)
-                hidden[row, start : start + len(image)] = image
-        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        final, states = self.network.model(hidden, last, past)
-        return functional.normalize(final, dim=-1), states
+            self.network = Qwen2VL(config, self.kernels)
+        load_weights(self.network, WeightReader(directory), device, dtype)
+        self.kept_states = functools.lru_cache(KEPT_PREFIXES)(self.states)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
-        """The embeddings. Raises `TooLargeError` when memory runs out, `DeviceLostError` when the device has failed."""
+        """Unit embeddings (B, D), float32, of inputs that share their prefix.
+
+        Raises `TooLargeError` when memory runs out, `DeviceLostError` when the device has failed.
+        """
         try:
             return self.forward(inputs)[0].cpu().numpy()
         except torch.AcceleratorError as error:
@@ -762,18 +934,114 @@ class Model:
                 raise
             raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
 
-    def check(self, texts: Sequence[Input]) -> None:
-        """A probe at start: texts, the first with a small image, together, and alone without the prefix cache.
+    @torch.inference_mode()
+    def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings, still on the device, and each layer's keys and values."""
+        prefix = inputs[0].prefix
+        past = self.past(prefix)
 
-        Raises `StartError` when they differ by more than rounding. The image takes 4 tokens behind the first's prefix.
+        # All inputs in a row, the short ones first, so that those of like length are neighbours.
+        lengths = np.array([one.cost for one in inputs])
+        order = lengths.argsort(kind="stable")
+        stops = np.empty_like(lengths)
+        stops[order] = lengths[order].cumsum()
+        starts = stops - lengths
+        token_ids = self.bring([inputs[index].token_ids[len(prefix) :] for index in order])
+        positions = self.bring([np.arange(len(prefix), len(prefix) + length) for length in lengths[order]])
+        last = self.bring([stops - 1])
+
+        hidden = self.network.model.embed_tokens(token_ids).float()  # (N, D)
+        self.put_images(hidden, inputs, starts)
+        final, states = self.network.model(hidden, positions, self.spans(lengths[order]), last, past)
+        return functional.normalize(final, dim=-1), states
+
+    def past(self, prefix: tuple[int, ...]) -> list[Tensor]:
+        """Each layer's keys and values of a prefix: computed once, and kept where they are small."""
+        if not prefix:
+            return []
+        return self.kept_states(prefix) if len(prefix) <= MAX_KEPT_PREFIX else self.states(prefix)
+
+    def states(self, prefix: tuple[int, ...]) -> list[Tensor]:
+        return self.forward([Input(np.array(prefix), ())])[1]
+
+    def put_images(self, hidden: Tensor, inputs: Sequence[Input], starts: np.ndarray) -> None:
+        """Put images in the place of their tokens in hidden (N, D), in which each input begins at one of `starts`."""
+        for group in self.image_groups(inputs):
+            images = [inputs[index] for index in group]
+            patches = [image.patches for image in images if image.patches is not None]
+            sizes = [len(one) for one in patches]
+            places = [place_patches(*image.grid) for image in images]
+            embeddings = self.network.visual(self.bring(patches), self.bring(places), sizes)
+            parts = embeddings.split([size // 4 for size in sizes])
+            for index, image, part in zip(group, images, parts, strict=True):
+                start = starts[index] + image.image_start - len(image.prefix)
+                hidden[start : start + len(part)] = part
+
+    def image_groups(self, inputs: Sequence[Input]) -> Iterator[list[int]]:
+        """Which inputs have their images computed together."""
+        group: list[int] = []
+        patches = 0
+        for index, one in enumerate(inputs):
+            if one.patches is None:
+                continue
+            if group and patches + len(one.patches) > self.kernels.patches_together:
+                yield group
+                group = []
+                patches = 0
+            group.append(index)
+            patches += len(one.patches)
+        if group:
+            yield group
+
+    def spans(self, lengths: np.ndarray) -> list[Span]:
+        """The calls of attention for inputs of these lengths, in ascending order, that lie in a row."""
+        spans: list[Span] = []
+        start = first = 0
+        for stop in range(1, len(lengths) + 1):
+            ahead = lengths[first : stop + 1]
+            if stop < len(lengths) and ahead.sum() >= LIKE_LENGTH * len(ahead) * ahead[-1]:
+                continue
+            own = lengths[first:stop]
+            longest = int(own[-1])
+            slots = None
+            if own[0] != longest:
+                slots = self.bring([np.flatnonzero(np.arange(longest) < own[:, None])])
+            end = start + int(own.sum())
+            spans.append(Span(start, end, len(own), longest, slots))
+            start = end
+            first = stop
+        return spans
+
+    def bring(self, parts: Sequence[np.ndarray]) -> Tensor:
+        """Arrays, one after the other, on the device."""
+        tensor = torch.from_numpy(np.concatenate(parts))
+        if self.device.type == "cpu":
+            return tensor
+        # From pinned memory the copy waits for nothing.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def check(self, texts: Sequence[Input]) -> None:
+        """A probe at start: texts, the first with a small image, together, and alone without the prefix's states.
+
+        Raises `StartError` when they are not finite, or differ by more than rounding.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)  # 4 x 4 patches
-        inputs = [replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise), *texts[1:]]
+        noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)
+        # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it
+        with_image = replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise)
+        inputs = [with_image, *texts[1:]]
         alone = torch.cat([self.forward([replace(one, prefix=())])[0] for one in inputs])
-        distance = 1 - (self.forward(inputs)[0] * alone).sum(1).min().item()
-        if not distance <= (1e-5 if self.dtype == torch.float32 else 1e-3):  # rounding; "not <=" refuses NaN as well
-            reason = f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g})"
-            raise StartError(f"{reason}: install the versions of requirements.txt, not torch {torch.__version__}.")
+        together = self.forward(inputs)[0]
+        if not (together.isfinite().all() and alone.isfinite().all()):
+            raise StartError(
+                f"The weights in {self.directory} give vectors that are not finite in {self.dtype}: they are damaged,"
+                " or too large for it. Fetch the model again, or set GME_DTYPE=bfloat16."
+            )
+        distance = 1 - (together * alone).sum(1).min().item()
+        if distance > (1e-5 if self.dtype == torch.float32 else 1e-3):
+            raise StartError(
+                f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g}):"
+                f" install the versions of requirements.txt, not torch {torch.__version__}."
+            )
 
 
 def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:

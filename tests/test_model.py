@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 MODEL = gme.Model(TOY, gme.Config.read(TOY), CPU, torch.float32)
 FEW = 270  # tokens: a CPU computes float16 many times slower than the others
 PROBES = [gme.Source("a red circle, and then nothing"), gme.Source("a text of another length than the one before it")]
-attention, rotate = functional.scaled_dot_product_attention, gme.rotate
+attention = functional.scaled_dot_product_attention
+rotary_angles = gme.rotary_angles
 
 
 def prepare(sources: Sequence[gme.Source], max_length: int = 1800) -> list[gme.Input]:
@@ -92,8 +93,8 @@ def test_an_instruction_is_computed_once_until_others_take_its_place(monkeypatch
     plain = functional.embedding
     monkeypatch.setattr(functional, "embedding", lambda ids, *rest: computed.append(ids.numel()) or plain(ids, *rest))
     model = gme.Model(TOY, gme.Config.read(TOY), CPU, torch.float32)
-    (one,), others = inputs(16), prepare([gme.Source("a", None, f"Instruction {n}.") for n in range(40)])
-    (long,) = prepare([gme.Source("a", None, "a " * 6000)], max_length=32768)  # too long to keep
+    (one,), others = inputs(16), prepare([gme.Source("a", None, f"Instruction {n}.") for n in range(20)])
+    (long,) = prepare([gme.Source("a", None, "a " * 400)])  # too long to keep
     expected = {other.key: model.embed([replace(other, prefix=())]) for other in [one, *others, long]}
 
     def prefix_tokens(one: gme.Input) -> int:
@@ -131,11 +132,23 @@ def cache_ignored(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *
     return attention(query, key[..., -own:, :], value[..., -own:, :], mask, **options)
 
 
+def positions_from_zero(positions: Tensor, pairs: int, theta: float) -> Tensor:
+    return rotary_angles(positions - positions.min(), pairs, theta)
+
+
+def mask_ignored(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return attention(query, key, value)
+
+
+def not_numbers(query: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query * float("nan")
+
+
 BREAKS = [
-    (functional, attention.__name__, cache_ignored),
-    (functional, attention.__name__, lambda query, key, value, *_: attention(query, key, value)),  # padding seen
-    (functional, attention.__name__, lambda query, *_, **__: query * float("nan")),
-    (gme, "rotate", lambda x, angles: rotate(x, angles - angles[:1])),  # positions from 0 on, behind a prefix too
+    (functional, attention.__name__, cache_ignored, "not torch"),
+    (functional, attention.__name__, mask_ignored, "not torch"),
+    (functional, attention.__name__, not_numbers, "not finite"),
+    (gme, "rotary_angles", positions_from_zero, "not torch"),
 ]
 
 
@@ -143,11 +156,11 @@ BREAKS = [
 def test_the_probe_at_start_refuses_wrong_vectors_and_no_others(monkeypatch: Patch, dtype: torch.dtype) -> None:
     gme.Model(WIDE, gme.Config.read(WIDE), CPU, dtype).check(prepare(PROBES))
     gme.Model(TOY, gme.Config.read(TOY), CPU, dtype).check(prepare(PROBES))
-    for target, name, wrong in BREAKS:
+    for target, name, wrong, sentence in BREAKS:
         model = gme.Model(TOY, gme.Config.read(TOY), CPU, dtype)
         with monkeypatch.context() as broken:
             broken.setattr(target, name, wrong)
-            with pytest.raises(gme.StartError, match=r"torch"):
+            with pytest.raises(gme.StartError, match=sentence):
                 model.check(prepare(PROBES))
 
 
@@ -185,6 +198,8 @@ class WithoutGuards(TorchFunctionMode):
             return self.index(*arguments)
         if function is Tensor.__setitem__:
             return self.index(*arguments[:2]).add_(arguments[2])
+        if function is Tensor.pin_memory:
+            return torch.empty(arguments[0].shape, dtype=arguments[0].dtype)
         if getattr(function, "__name__", "") not in ("tensor", "asarray"):  # the last is safetensors' own
             return function(*arguments, **options)
         device = options.pop("device", None)

@@ -7,11 +7,13 @@ protected against, and what is left to others, stands at the top of section 6.
 
 import asyncio
 import base64
+import bisect
 import contextlib
 import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -301,24 +303,29 @@ class TimedFile(io.BytesIO):
 
 
 class PixelBudget:
-    """Bounds the pixels that all threads decode at a time. Who comes first goes first, however much it takes."""
+    """Bounds the pixels that are decoded at a time. Who comes first goes first, however much it takes.
+
+    For tasks of one event loop. What one takes is at most the whole budget.
+    """
 
     def __init__(self, pixels: int) -> None:
         self.free = pixels
-        self.turn = threading.Lock()
-        self.changed = threading.Condition()
+        self.turn = asyncio.Lock()  # its waiters are served in their order
+        self.freed = asyncio.Event()
 
-    @contextlib.contextmanager
-    def spend(self, pixels: int) -> Iterator[None]:
-        with self.turn, self.changed:
-            self.changed.wait_for(lambda: self.free >= pixels)
+    @contextlib.asynccontextmanager
+    async def share(self, pixels: int) -> AsyncIterator[None]:
+        """Within the context, so many pixels are one's own."""
+        async with self.turn:
+            while self.free < pixels:
+                self.freed.clear()
+                await self.freed.wait()
             self.free -= pixels
         try:
             yield
         finally:
-            with self.changed:
-                self.free += pixels
-                self.changed.notify()
+            self.free += pixels
+            self.freed.set()
 
 
 def without_avif_exif(data: bytes) -> bytes:
@@ -357,7 +364,6 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
         self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
-        self.decoding = PixelBudget(max_image_pixels)
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
@@ -389,10 +395,14 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
         key.update(b"" if patches is None else patches.data)
         return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
+    def count_pixels(self, source: Source) -> int:
+        with self.open_image(source.image or b"") as image:
+            return image.width * image.height
+
     def read_image(self, name: str, data: bytes) -> Image.Image:
         """The first frame of an image file, as the model sees it. Raises `InputError` or `TooLargeError`."""
         try:
-            with self.open_image(data) as image, self.decoding.spend(image.width * image.height):
+            with self.open_image(data) as image:
                 return self.resize(decode_upright(image))
         except Image.DecompressionBombError:
             most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
@@ -1060,7 +1070,7 @@ def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
 AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
-PREPARE_THREADS = min(4, max(2, os.cpu_count() or 1))
+CHUNK_CHARACTERS = 1 << 14  # of texts that are tokenized in one go
 SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
@@ -1068,23 +1078,36 @@ BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", bu
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Waiting:
-    """An input without an answer: to be prepared while it has a source, and then for the model when it has an input."""
+    """An input of a request. It has a source at first, an input once it is prepared, and an embedding at last."""
 
-    order: int  # the lowest goes first
-    arrived: float
-    future: asyncio.Future[tuple[np.ndarray, int]]  # of the embedding, and the number of its input's tokens
+    job: "Job"
+    place: tuple[float, int]  # the lowest goes first: its number by the clock, then that of its job
     source: Source | None
     input: Input | None = None
+    embedding: np.ndarray | None = None
+    queue: list["Waiting"] | None = None  # in which it waits; None while a thread has it
 
-    def answer(self, embedding: np.ndarray, tokens: int) -> None:
-        if not self.future.done():  # it may have been cancelled
-            self.future.set_result((embedding, tokens))
+    @property
+    def cost(self) -> int:
+        """Tokens that the model computes for it, once it is prepared."""
+        return self.input.cost if self.input else 0
 
-    def fail(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """The inputs of one request. It ends when all of its inputs have embeddings, or when one has failed."""
+
+    number: int
+    arrived: float
+    ended: asyncio.Future[None]
+    inputs: list[Waiting] = field(default_factory=list)  # in the client's order
+    unanswered: int = 0
+
+
+def place_of(one: Waiting) -> tuple[float, int]:
+    return one.place
 
 
 def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
@@ -1095,54 +1118,87 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if len(items) == 1 and isinstance(error, ServiceError):
-            return [type(error)(str(error))]  # a new one: the traceback of this one keeps images and tensors
+            # A new one, as the traceback of this one keeps images and tensors.
+            return [type(error)(str(error))]
         if len(items) == 1:
             log.error("An input could not be embedded.", exc_info=error)
             return [ServiceError(ServiceError.example)]
-    half = len(items) // 2  # by now the memory of the failed try is free
+    # By now the memory of the failed try is free.
+    half = len(items) // 2
     return isolate(function, items[:half]) + isolate(function, items[half:])
 
 
-@dataclass
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
-    The policy is start-time fair queueing. A request's inputs, shortest first, are numbered on from `clock`, where the
-    queue is; the lowest number goes first, the oldest request first among equals. So a lone query waits for the batch
-    under way and its own, and a bulk job keeps its share. The event loop owns all state: threads run
-    `prepare` and `compute`, and nothing else.
+    The policy is weighted fair queueing by virtual time. A request's inputs, shortest first, are numbered from
+    `clock`; the lowest number goes first, the oldest request first among equals. After a batch, the clock advances by
+    the inputs computed over the requests that waited: by as many as each got, had all got the same. So a lone query
+    waits for the batch under way and a turn of each other request, and a bulk job keeps its share.
+
+    The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which share nothing.
     """
 
-    prepare: Callable[[Sequence[Source]], Iterable[Input]]
-    compute: Callable[[Sequence[Input]], Iterable[np.ndarray]]
-    max_tokens: int  # of a batch
-    max_queue: int = 16384
-    cache_entries: int = 0
-    clock: int = 0  # a new request's first number; a batch makes it the lowest that waits, and at least clock + 1
-    waiting: list[Waiting] = field(default_factory=list)  # in order
-    cache: OrderedDict[bytes, np.ndarray] = field(default_factory=OrderedDict)  # copies: a row would keep its batch
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(
+        self,
+        prepare: Callable[[Sequence[Source]], Iterable[Input]],
+        count_pixels: Callable[[Source], int],
+        compute: Callable[[Sequence[Input]], Iterable[np.ndarray]],
+        *,
+        max_tokens: int,
+        max_pixels: int,
+        max_queue: int = 16384,
+        cache_entries: int = 0,
+    ) -> None:
+        """Batches have at most `max_tokens`, but for an input that has more alone.
+
+        At most `max_pixels` are decoded at a time; at most `max_queue` inputs wait for an answer.
+        """
+        self.prepare = prepare
+        self.count_pixels = count_pixels
+        self.compute = compute
+        self.max_tokens = max_tokens
+        self.max_queue = max_queue
+        self.cache_entries = cache_entries
+        self.pixels = PixelBudget(max_pixels)
+
+        self.clock = 0.0
+        self.numbers = itertools.count()
+        self.jobs: set[Job] = set()  # those that have not ended
+        self.unanswered = 0  # inputs of these
+        # Sorted by place. What the model computes stays in `ready` until it is answered.
+        self.texts: list[Waiting] = []
+        self.pictures: list[Waiting] = []
+        self.ready: list[Waiting] = []
+        self.ready_tokens = 0
+        self.same: dict[bytes, list[Waiting]] = {}  # what is ready, by its key: equal inputs are computed once
+        self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.changed = asyncio.Event()
+
+        cores = os.cpu_count() or 1
+        self.text_thread = ThreadPoolExecutor(1, "texts")
+        self.picture_threads = ThreadPoolExecutor(cores, "pictures")
+        self.model_thread = ThreadPoolExecutor(1, "model")
+        self.picture_loops = cores + 1  # while one waits for its pixels, the others keep all threads busy
+
+    def __len__(self) -> int:
+        """Inputs without an answer."""
+        return self.unanswered
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
-        """A request's embeddings (len(sources), dimension), float32, and number of tokens. Raises `ServiceError`."""
-        if len(self.waiting) + len(sources) > self.max_queue:
+        """A request's embeddings (len(sources), D), float32, and its number of tokens. Raises `ServiceError`."""
+        if self.unanswered + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
-        futures: list[asyncio.Future[tuple[np.ndarray, int]]] = [asyncio.Future() for _ in sources]
-        shortest_first = sorted(zip(sources, futures, strict=True), key=lambda pair: pair[0].weight)
-        for order, (source, future) in enumerate(shortest_first, self.clock):
-            self.waiting.append(Waiting(order, time.perf_counter(), future, source))
-        self.waiting.sort(key=lambda one: one.order)  # leaves the older request first among equals
-        self.notify()
+        job = self.enqueue(sources)
         try:
-            answers = await asyncio.gather(*futures)
-            embeddings = np.array([embedding for embedding, _ in answers])
-            if not np.isfinite(embeddings).all():
-                raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
-            return embeddings, sum(tokens for _, tokens in answers)
+            await job.ended
+            embeddings = np.array([one.embedding for one in job.inputs])
+            tokens = sum(len(one.input.token_ids) for one in job.inputs if one.input is not None)
         finally:
-            for future in futures:
-                future.cancel()
-            self.notify()
+            self.end(job)
+        if not np.isfinite(embeddings).all():
+            raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
+        return embeddings, tokens
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -1152,107 +1208,224 @@ class Batcher:
         task.cancel()
 
     async def run(self) -> None:
+        pictures = [self.prepare_pictures() for _ in range(self.picture_loops)]
         try:
-            await asyncio.gather(self.compute_batches(), *(self.prepare_ahead() for _ in range(PREPARE_THREADS)))
+            await asyncio.gather(self.compute_batches(), self.prepare_texts(), *pictures)
         except Exception as fault:
             raise SystemExit(f"The batcher has ended: {fault!r}") from fault
 
-    def notify(self) -> None:
-        """Forget what has an answer or is cancelled, and wake the loops below to see whether there is work."""
-        self.waiting = [one for one in self.waiting if not one.future.done()]
-        self.changed.set()  # wakes the loops that wait now
+    # ---- the queue
+
+    def enqueue(self, sources: Sequence[Source]) -> Job:
+        job = Job(next(self.numbers), time.perf_counter(), asyncio.get_running_loop().create_future())
+        job.unanswered = len(sources)
+        turns = [0] * len(sources)
+        for turn, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].weight)):
+            turns[index] = turn
+        for turn, source in zip(turns, sources, strict=True):
+            one = Waiting(job, (self.clock + turn, job.number), source)
+            job.inputs.append(one)
+            self.put(one, self.texts if source.image is None else self.pictures)
+        self.jobs.add(job)
+        self.unanswered += len(sources)
+        self.wake()
+        return job
+
+    def end(self, job: Job) -> None:
+        """Forget a job, with what of it still waits."""
+        if job not in self.jobs:
+            return
+        self.jobs.remove(job)
+        self.unanswered -= job.unanswered
+        for one in job.inputs:
+            if one.embedding is None:
+                self.take(one)
+        # Each of them knows the job: without this, only the garbage collector would free their images.
+        job.inputs.clear()
+        self.wake()
+
+    def put(self, one: Waiting, queue: list[Waiting]) -> None:
+        bisect.insort(queue, one, key=place_of)
+        one.queue = queue
+        if one.input:
+            self.ready_tokens += one.cost
+            self.same.setdefault(one.input.key, []).append(one)
+
+    def take(self, one: Waiting) -> None:
+        """Take it out of the queue in which it waits, if it does."""
+        if one.queue is None:
+            return
+        del one.queue[bisect.bisect_left(one.queue, one.place, key=place_of)]
+        one.queue = None
+        if one.input:
+            self.ready_tokens -= one.cost
+            same = self.same[one.input.key]
+            same.remove(one)
+            if not same:
+                del self.same[one.input.key]
+
+    def wake(self) -> None:
+        """Let the loops below see whether there is work."""
+        self.changed.set()
         self.changed.clear()
 
-    async def prepare_ahead(self) -> None:
-        """Prepare chunk after chunk; a few of these loops run side by side."""
-        while True:
-            while not (chunk := self.take_chunk()):
-                await self.changed.wait()
-            prepared = await asyncio.to_thread(isolate, self.prepare, [source for _, source in chunk])
-            for (one, _), result in zip(chunk, prepared, strict=True):
-                if isinstance(result, BaseException):
-                    one.fail(result)
-                elif result.key in self.cache:
-                    CACHE_HITS.inc()
-                    self.cache.move_to_end(result.key)
-                    one.answer(self.cache[result.key], len(result.token_ids))
-                else:
-                    one.input = result
-            self.notify()
+    def answer(self, one: Waiting, embedding: np.ndarray) -> None:
+        one.embedding = embedding
+        one.job.unanswered -= 1
+        self.unanswered -= 1
+        if one.job.unanswered == 0 and not one.job.ended.done():
+            one.job.ended.set_result(None)
 
-    def take_chunk(self) -> list[tuple[Waiting, Source]]:
-        """The next to prepare, in order: none that AHEAD_BATCHES batches of prepared inputs go before."""
-        chunk: list[tuple[Waiting, Source]] = []
-        weight = tokens_ahead = 0
-        for one in self.waiting:
-            if one.input:
-                tokens_ahead += one.input.cost
-            elif one.source:
-                if tokens_ahead >= AHEAD_BATCHES * self.max_tokens:
-                    break
-                weight += one.source.weight
-                if chunk and weight > CHUNK_WEIGHT:
-                    break
-                chunk.append((one, one.source))
-                one.source = None  # a thread has it
+    def fail(self, one: Waiting, error: BaseException) -> None:
+        if not one.job.ended.done():
+            one.job.ended.set_exception(error)
+        self.end(one.job)
+
+    # ---- preparing
+
+    async def prepare_texts(self) -> None:
+        """Prepare chunk after chunk of texts, in a thread of their own: they never wait behind pictures."""
+        loop = asyncio.get_running_loop()
+        while True:
+            chunk = self.next_texts()
+            if not chunk:
+                await self.changed.wait()
+                continue
+            sources = [one.source for one in chunk]
+            results = await loop.run_in_executor(self.text_thread, isolate, self.prepare, sources)
+            for one, result in zip(chunk, results, strict=True):
+                self.file(one, result)
+            self.wake()
+
+    async def prepare_pictures(self) -> None:
+        """Prepare picture after picture; several of these loops run side by side."""
+        while True:
+            one = self.next_picture()
+            if one is None:
+                await self.changed.wait()
+                continue
+            await self.prepare_picture(one)
+            self.wake()
+
+    async def prepare_picture(self, one: Waiting) -> None:
+        """A picture has its share of the pixels before it takes a thread to decode them."""
+        (pixels,) = await self.in_picture_thread(lambda sources: map(self.count_pixels, sources), one.source)
+        if isinstance(pixels, BaseException):
+            self.file(one, pixels)
+            return
+        async with self.pixels.share(pixels):
+            if one.job in self.jobs:
+                (result,) = await self.in_picture_thread(self.prepare, one.source)
+                self.file(one, result)
+
+    async def in_picture_thread(self, function: Callable[[Any], Iterable[Any]], source: Source | None) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.picture_threads, isolate, function, [source])
+
+    def next_texts(self) -> list[Waiting]:
+        """The first texts, to be prepared in one go."""
+        chunk: list[Waiting] = []
+        if not self.texts or self.is_far_ahead(self.texts[0]):
+            return chunk
+        characters = 0
+        for one in self.texts:
+            characters += one.source.weight if one.source else 0
+            if chunk and characters > CHUNK_CHARACTERS:
+                break
+            chunk.append(one)
+        for one in chunk:
+            one.queue = None
+        del self.texts[: len(chunk)]
         return chunk
+
+    def next_picture(self) -> Waiting | None:
+        if not self.pictures or self.is_far_ahead(self.pictures[0]):
+            return None
+        one = self.pictures.pop(0)
+        one.queue = None
+        return one
+
+    def is_far_ahead(self, candidate: Waiting) -> bool:
+        """Whether enough is ready that goes before it."""
+        enough = AHEAD_BATCHES * self.max_tokens
+        if self.ready_tokens < enough:
+            return False
+        if candidate.place > self.ready[-1].place:
+            return True
+        tokens = 0
+        for one in self.ready:
+            if one.place > candidate.place:
+                break
+            tokens += one.cost
+        return tokens >= enough
+
+    def file(self, one: Waiting, result: Input | BaseException) -> None:
+        """Where a prepared input goes: to the model, or straight to its client."""
+        one.source = None
+        if one.job not in self.jobs:
+            return
+        if isinstance(result, BaseException):
+            self.fail(one, result)
+            return
+        one.input = result
+        if result.key in self.cache:
+            CACHE_HITS.inc()
+            self.cache.move_to_end(result.key)
+            self.answer(one, self.cache[result.key])
+        else:
+            self.put(one, self.ready)
+
+    # ---- computing
 
     async def compute_batches(self) -> None:
         loop = asyncio.get_running_loop()
-        thread = ThreadPoolExecutor(1)
         while True:
-            while not (batch := self.next_batch()):
+            batch = self.next_batch()
+            if not batch:
                 await self.changed.wait()
-            self.clock = max(self.clock + 1, self.waiting[0].order)  # the fairness rule, with `embed`'s numbering
+                continue
+            advance = len(batch) / len(self.jobs)
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
-            results = await loop.run_in_executor(thread, isolate, self.compute, batch)
+            results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            self.deliver({one.key: result for one, result in zip(batch, results, strict=True)}, started)
-            self.notify()
-
-    def deliver(self, results: dict[bytes, np.ndarray | BaseException], started: float) -> None:
-        """Answer all that wait for these inputs, and remember the embeddings."""
-        for one in self.waiting:
-            if one.input and one.input.key in results:
-                QUEUE_SECONDS.observe(max(0, started - one.arrived))
-                result = results[one.input.key]
-                if isinstance(result, BaseException):
-                    one.fail(result)
-                else:
-                    one.answer(result, len(one.input.token_ids))
-        for key, result in results.items():
-            if isinstance(result, np.ndarray):
-                self.cache[key] = result.copy()  # the row itself would keep its batch
-        while len(self.cache) > self.cache_entries:
-            self.cache.popitem(last=False)
+            self.clock += advance
+            for one, result in zip(batch, results, strict=True):
+                self.deliver(one.key, result, started)
+            self.wake()
 
     def next_batch(self) -> list[Input]:
-        """The first input that is ready, and the next that go well with it."""
-        ready = [one.input for one in self.waiting if one.input and not one.future.done()]
-
-        # 1) In the queue's order, those that share the first one's prefix, as far as the tokens of a batch go.
-        candidates: dict[bytes, Input] = {}  # equal inputs are computed once
-        num_tokens = 0
-        for one in ready:
-            if one.prefix != ready[0].prefix or one.key in candidates:
+        """The first that is ready, and in their order those that share its prefix, up to the tokens of a batch."""
+        batch: dict[bytes, Input] = {}
+        prefix: tuple[int, ...] | None = None
+        tokens = 0
+        for one in self.ready:
+            item = one.input
+            if item is None or item.key in batch:
                 continue
-            num_tokens += one.cost
-            if candidates and num_tokens > self.max_tokens:
+            if prefix is None:
+                prefix = item.prefix
+            if item.prefix != prefix:
+                continue
+            tokens += item.cost
+            if batch and tokens > self.max_tokens:
                 break
-            candidates[one.key] = one
+            batch[item.key] = item
+        return list(batch.values())
 
-        # 2) Of these as many as can be, the nearest in length first, with a fifth of padding at most.
-        nearest = sorted(candidates.values(), key=lambda one: abs(one.cost - ready[0].cost))
-        size = min(1, len(nearest))
-        num_tokens = longest = 0
-        for count, one in enumerate(nearest, start=1):
-            num_tokens += one.cost
-            longest = max(longest, one.cost)
-            num_padded = count * longest
-            if num_padded <= self.max_tokens and num_tokens >= 0.8 * num_padded:
-                size = count
-        return nearest[:size]
+    def deliver(self, key: bytes, result: np.ndarray | BaseException, started: float) -> None:
+        """Answer all that wait for this input, and remember its embedding."""
+        for one in list(self.same.get(key, ())):
+            QUEUE_SECONDS.observe(max(0, started - one.job.arrived))
+            self.take(one)
+            if isinstance(result, BaseException):
+                self.fail(one, result)
+            else:
+                self.answer(one, result)
+        if isinstance(result, np.ndarray) and self.cache_entries:
+            self.cache[key] = result.copy()  # the row itself would keep its batch
+            while len(self.cache) > self.cache_entries:
+                self.cache.popitem(last=False)
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
@@ -1481,7 +1654,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     dtype = str(model.dtype).removeprefix("torch.")
     state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
     Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
-    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher.waiting))
+    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher))
     about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
     handlers: Any = {ServiceError: on_error, Exception: on_error, ClientDisconnect: lambda *_: Response("", 499)}
     app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
@@ -1547,7 +1720,7 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
     @app.get("/health", tags=["State"], responses={200: example(healthy)})
     async def health() -> Response:
         """Which model runs, where, and how much waits for it."""
-        return json_response(healthy | {"queue_depth": len(batcher.waiting)})
+        return json_response(healthy | {"queue_depth": len(batcher)})
 
     instrumentator = Instrumentator(should_group_status_codes=False)
     instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
@@ -1567,9 +1740,17 @@ def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
     model = Model(directory, Config.read(directory), device, dtype)
     model.check(prepare([Source("A red circle on white."), Source("harbour")]))  # short, as every start computes them
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
-    max_tokens = 16384 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
+    max_tokens = 8192 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
     cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # 4 bytes a number, 200 of Python's
-    batcher = Batcher(prepare, model.embed, settings.max_batch_tokens or max_tokens, settings.max_queue, cache_entries)
+    batcher = Batcher(
+        prepare,
+        prepare.count_pixels,
+        model.embed,
+        max_tokens=settings.max_batch_tokens or max_tokens,
+        max_pixels=settings.max_image_pixels,
+        max_queue=settings.max_queue,
+        cache_entries=cache_entries,
+    )
     return prepare, model, batcher
 
 

@@ -3,203 +3,30 @@
 import asyncio
 import contextlib
 import gc
-import hashlib
 import itertools
+import math
 import random
-import threading
+import sys
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
+from batcher_rig import Rig, image, name_of, read, text
 
 import gme_service as gme
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
-Make = Callable[..., Awaitable["Rig"]]
-Task = asyncio.Task[tuple[np.ndarray, int]]
-PATIENCE = 10  # seconds after which a thread or a test that hangs gives up
-
-
-def text(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
-    """A text that costs `length` tokens."""
-    return gme.Source(name.ljust(length, "."), None, instruction)
-
-
-def image(name: str, length: int = 10, instruction: str = "i") -> gme.Source:
-    """An image with a text, `length` tokens together."""
-    return gme.Source(name, b"\1" * (length - len(name)), instruction)
-
-
-def read(source: gme.Source) -> gme.Input:
-    """One token for each character and byte; the instruction is the part that the model has already."""
-    data = source.image or b""
-    prefix = [ord(character) for character in source.instruction]
-    ids = np.array([*prefix, *[0] * len(data), *map(ord, source.text)], np.int64)
-    patches = np.array([*data], np.uint8) if data else None
-    return gme.Input(ids, tuple(prefix), patches=patches, key=ids.tobytes() + data)
-
-
-def name_of(one: gme.Source | gme.Input) -> str:
-    written = one.text if isinstance(one, gme.Source) else "".join(map(chr, one.token_ids[len(one.prefix) :]))
-    return written.strip("\0.")
-
-
-def identity(one: gme.Input) -> np.ndarray:
-    """A vector that no other input has."""
-    return np.frombuffer(hashlib.blake2b(one.key, digest_size=4).digest(), np.uint8).astype(np.float32)
-
-
-class Rig:
-    """A batcher over `prepare` and `embed` below, which a test can stop and let fail; `check` ends every test."""
-
-    def __init__(self, max_tokens: int = 1000, max_queue: int = 16384, cache_entries: int = 0) -> None:
-        self.prepared: list[str] = []  # names, in the order in which they were prepared
-        self.batches: list[list[str]] = []  # names, as the model got them
-        self.whole = set[str]()  # the last batch that was no half of the one before it
-        self.unlawful: list[list[str]] = []  # batches against the rules
-        self.prepare_faults: dict[str, BaseException] = {}
-        self.model_faults: dict[str, BaseException | float] = {}  # raised, or put into the vector
-        self.room = 1 << 30  # inputs for which there is memory
-        self.gate, self.busy = threading.Event(), False  # the model waits at a closed gate
-        self.slow, self.may_go = "", threading.Event()  # whose preparation lasts until `may_go`
-        self.gate.set()
-        self.requests: list[tuple[Task, Sequence[gme.Source]]] = []
-        self.batcher = gme.Batcher(self.prepare, self.embed, max_tokens, max_queue, cache_entries)
-
-    def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input]:
-        results: list[gme.Input] = []
-        for name, source in zip(map(name_of, sources), sources, strict=True):
-            self.prepared.append(name)
-            if name == self.slow:
-                assert self.may_go.wait(PATIENCE)
-            if fault := self.prepare_faults.get(name):
-                raise fault
-            results.append(read(source))
-        return results
-
-    def embed(self, inputs: Sequence[gme.Input]) -> np.ndarray:
-        names, gate = [name_of(one) for one in inputs], self.gate
-        self.batches.append(names)
-        if not self.whole.issuperset(names):
-            self.whole, costs = set(names), [one.cost for one in inputs]
-            area, prefixes = len(costs) * max(costs), {one.prefix for one in inputs}
-            if len(costs) > 1 and (area > self.batcher.max_tokens or sum(costs) < 0.79 * area or len(prefixes) > 1):
-                self.unlawful.append(names)
-        if not gate.is_set():
-            self.busy = True
-            assert gate.wait(PATIENCE)
-        if len(inputs) > self.room:
-            raise gme.TooLargeError("it does not fit")
-        vectors = np.array([identity(one) for one in inputs])
-        for vector, fault in zip(vectors, map(self.model_faults.get, names), strict=True):
-            if isinstance(fault, BaseException):
-                raise fault
-            if fault is not None:
-                vector[1] = fault
-        return vectors
-
-    def ready(self) -> Counter[str]:
-        """Names that are ready for the model, or with it."""
-        return Counter(name_of(one.input) for one in self.batcher.waiting if one.input)
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while not condition():
-                await asyncio.sleep(0.001)
-
-    async def submit(self, *sources: gme.Source) -> Task:
-        """A request that is in the queue, or refused, when this returns."""
-        task = asyncio.create_task(self.batcher.embed(sources))
-        self.requests.append((task, sources))
-        await asyncio.sleep(0)
-        return task
-
-    async def submit_ready(self, *sources: gme.Source) -> Task:
-        """A request of which all is ready for the model when this returns."""
-        expected = self.ready() + Counter(map(name_of, sources))
-        task = await self.submit(*sources)
-        await self.until(lambda: self.ready() >= expected)
-        return task
-
-    async def cancel(self, *tasks: Task) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.sleep(0)
-
-    @contextlib.asynccontextmanager
-    async def held(self, *sources: gme.Source) -> AsyncIterator[Task]:
-        """Within the block the model is busy with the first batch of `sources`; after it, all is answered."""
-        self.gate, self.busy = threading.Event(), False
-        try:
-            task = await self.submit(*sources or [text("plug")])
-            await self.until(lambda: self.busy)
-            yield task
-        finally:
-            self.gate.set()
-        await asyncio.wait([task for task, _ in self.requests])
-
-    async def batches_of(self, *requests: Sequence[gme.Source]) -> list[list[str]]:
-        """The batches of requests that came, one after the other, while the model was busy."""
-        async with self.held():
-            for request in requests:
-                await self.submit_ready(*request)
-        return self.batches[1:]
-
-    async def step(self) -> None:
-        """Within `held`: let the model end its batch, and wait until it is busy with the next."""
-        gate, self.gate, self.busy = self.gate, threading.Event(), False
-        gate.set()
-        await self.until(lambda: self.busy)
-
-    async def check(self) -> None:
-        """Every request has ended, those with an answer have their own vectors, and nothing is left of any.
-
-        Every batch that the model got has one instruction, at most its tokens and a fifth of padding.
-        """
-        self.gate.set()
-        self.may_go.set()
-        for task, sources in self.requests:
-            (answer,) = await asyncio.gather(task, return_exceptions=True)
-            if isinstance(answer, tuple):
-                inputs = [read(source) for source in sources]
-                np.testing.assert_array_equal(answer[0], [identity(one) for one in inputs])
-                assert answer[1] == sum(len(one.token_ids) for one in inputs)
-        assert len(self.batcher.waiting) == 0
-        assert self.unlawful == []
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def make_one(**options: int) -> Rig:
-            rig = Rig(**options)
-            await stack.enter_async_context(rig.batcher.running())
-            stack.push_async_callback(rig.check)
-            return rig
-
-        yield make_one
-
-
-@pytest.fixture
-async def rig(make: Make) -> Rig:
-    return await make()
-
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+Make = Callable[..., Awaitable[Rig]]
 
 POLICY = {  # the most tokens of a batch; what comes while the model is busy; the batches that it gets then
     "concurrent requests share a batch": (1000, ["a", "b", "c"], ["a b c"]),
     "a batch may be as full as the limit": (100, ["a b c d e f g h i j k"], ["a b c d e f g h i j", "k"]),
-    "a longer input than a batch goes alone": (100, ["a:150", "b:150", "c:90", "d"], ["a", "b", "c", "d"]),
-    "a fifth of a batch may be padding": (1000, ["a:100", "b:61", "c:100"], ["a b c"]),
-    "and no more than a fifth": (1000, ["a:100", "b:39", "c:100"], ["a c", "b"]),
+    "a longer input than a batch goes alone": (100, ["a:150", "b:150", "c:90", "d"], ["a", "b", "c d"]),
+    "length decides nothing": (1000, ["a:100", "b:9", "c:800"], ["a b c"]),
     "the oldest goes first among equals": (10, ["a", "b", "c"], ["a", "b", "c"]),
     "the shortest of a request goes first": (30, ["c:28 a:16 b:18"], ["a", "b", "c"]),
     "what fits worse is not displaced by what is later": (30, ["a", "b:9", "c:9", "d", "e"], ["a b c", "d e"]),
@@ -222,6 +49,47 @@ async def test_the_policy(make: Make, name: str) -> None:
 async def test_different_instructions_never_share_a_batch_and_texts_and_images_do(rig: Rig) -> None:
     sources = [text("a"), text("b", 10, "j"), image("c"), image("d", 10, "j")]
     assert await rig.batches_of(*([source] for source in sources)) == [["a", "c"], ["b", "d"]]
+
+
+# ---------------------------------------------------------------------------------------------------------- fairness
+
+
+@pytest.mark.parametrize("bulk_clients", [1, 8, 32])
+async def test_a_lone_query_waits_for_one_turn_of_each_bulk_client(make: Make, bulk_clients: int) -> None:
+    inputs_in_a_batch = 10
+    rig = await make(max_tokens=10 * inputs_in_a_batch)
+    async with rig.held():
+        for client in range(bulk_clients):
+            await rig.submit(*(text(f"{client} {number}") for number in range(64)))
+        for _ in range(5):
+            await rig.step()
+        await rig.submit(text("query"))
+        before = len(rig.batches)
+        while "query" not in rig.batches[-1]:
+            await rig.step()
+        waited = len(rig.batches) - before
+        await rig.cancel_all()
+    assert waited <= math.ceil((bulk_clients + 1) / inputs_in_a_batch) + 1
+
+
+async def test_a_bulk_job_beside_endless_lone_queries_gets_its_share_and_so_do_they(make: Make) -> None:
+    clients = 24
+    rig = await make(max_tokens=100)
+    async with rig.held():
+        await rig.submit(*(text(f"bulk {number}") for number in range(200)))
+        queries = [await rig.submit(text(f"{client} 0")) for client in range(clients)]
+        answered = [0] * clients
+        for _ in range(60):
+            await rig.step()
+            for client, query in enumerate(queries):
+                if query.done():
+                    answered[client] += 1
+                    queries[client] = await rig.submit_ready(text(f"{client} {answered[client]}"))
+        await rig.cancel_all()
+    fair = 60 * 10 / (clients + 1)
+    bulk = sum(name.startswith("bulk") for names in rig.batches for name in names)
+    assert 0.7 * fair <= bulk <= 1.5 * fair
+    assert min(answered) >= 0.7 * fair
 
 
 async def test_a_later_bulk_job_shares_with_one_that_is_far_along(make: Make) -> None:
@@ -274,7 +142,8 @@ async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_a
             raise gme.TooLargeError("It is huge.")
         return vectors
 
-    batcher = gme.Batcher(prepare, compute, max_tokens=1000, cache_entries=50)
+    limits = {"max_tokens": 1000, "max_pixels": 1000, "cache_entries": 50}
+    batcher = gme.Batcher(prepare, lambda source: 1, compute, **limits)
     gc.collect()
     gc.disable()
     try:
@@ -295,9 +164,9 @@ async def test_what_was_answered_is_freed_at_once_and_the_cache_keeps_no_batch_a
 async def test_a_request_cancelled_when_ready_does_not_reach_the_model_and_leaves_the_others(rig: Rig) -> None:
     async with rig.held():
         gone, stays = await rig.submit_ready(text("gone"), text("same")), await rig.submit_ready(text("same"))
-        assert len(rig.batcher.waiting) == 4
+        assert len(rig.batcher) == 4
         await rig.cancel(gone)
-        assert len(rig.batcher.waiting) == 2
+        assert len(rig.batcher) == 2
         await rig.step()
         other = await rig.submit_ready(text("same"))
         await rig.cancel(stays)
@@ -310,7 +179,7 @@ async def test_a_request_cancelled_while_it_is_prepared_does_not_reach_the_model
     gone = await rig.submit(text("gone"), text("also gone", 11))
     await rig.until(lambda: "gone" in rig.prepared)
     await rig.cancel(gone)
-    assert len(rig.batcher.waiting) == 0
+    assert len(rig.batcher) == 0
     rig.may_go.set()
     await (await rig.submit(text("stays")))
     assert rig.batches == [["stays"]]
@@ -322,18 +191,52 @@ async def test_preparing_stays_a_few_batches_ahead_and_what_is_cancelled_makes_r
         *gone, stays = [await rig.submit(image(f"{number}")) for number in range(100)]
         await rig.until(lambda: len(rig.prepared) == rig.ready().total() > gme.AHEAD_BATCHES)
         await rig.cancel(*gone)
-        assert len(rig.batcher.waiting) == 2
+        assert len(rig.batcher) == 2
         await rig.until(lambda: rig.ready()["99"])
     await stays
     assert rig.batches == [["plug"], ["99"]]
     assert len(rig.prepared) < 20
 
 
-async def test_a_text_does_not_wait_until_an_image_is_prepared(rig: Rig) -> None:
-    rig.slow = "image"
-    picture = await rig.submit(image("image"))
+async def test_texts_never_wait_behind_pictures(rig: Rig) -> None:
+    rig.slow = "picture"
+    pictures = [await rig.submit(image(f"picture {number}", 100)) for number in range(20)]
     await (await rig.submit(text("query")))
-    assert not picture.done()
+    assert not any(picture.done() for picture in pictures)
+
+
+async def test_a_picture_waits_for_its_share_of_the_pixels_and_holds_no_thread_meanwhile(rig: Rig) -> None:
+    rig.slow = "large"
+    large = await rig.submit(image("large", gme_pixels := 700))
+    await rig.until(lambda: "large" in rig.prepared)
+    others = [await rig.submit(image(f"other {number}", gme_pixels)) for number in range(50)]
+    await (await rig.submit(text("query")))
+    assert rig.prepared == ["large", "query"]  # 1000 pixels may be decoded at a time
+    rig.may_go.set()
+    await asyncio.gather(large, *others)
+
+
+async def test_a_request_costs_no_more_when_thousands_wait(make: Make) -> None:
+    async def lines_per_request(count: int) -> float:
+        """Lines of the module that the event loop runs for requests of one text which all wait together."""
+        lines = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != gme.__file__:
+                return None
+            lines += event == "line"
+            return trace
+
+        rig = await make(max_tokens=1000)
+        async with rig.held():
+            sys.settrace(trace)
+            for number in range(count):
+                await rig.submit(text(f"{number}"))
+        sys.settrace(None)
+        return lines / count
+
+    assert await lines_per_request(4096) < 1.5 * await lines_per_request(64)
 
 
 async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Make) -> None:
@@ -348,7 +251,7 @@ async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(ma
             await (await rig.submit(text("d")))
         await rig.cancel(gone)
         await rig.submit(text("d"), text("bad"))
-        assert len(rig.batcher.waiting) == 4
+        assert len(rig.batcher) == 4
     await last
     await rig.check()
     await (await rig.submit(*map(text, "efgh")))
@@ -365,7 +268,7 @@ async def test_an_input_that_cannot_be_prepared_fails_its_own_request_at_once(ri
             with pytest.raises(gme.ServiceError) as caught:
                 await (await rig.submit(text("b", 20), text("c", 30), text("bad", 10)))
             await rig.submit(text("d"))
-            assert len(rig.batcher.waiting) == 3
+            assert len(rig.batcher) == 3
         assert type(caught.value) is (gme.InputError if isinstance(fault, gme.InputError) else gme.ServiceError)
     assert Counter(itertools.chain(*rig.batches)) == {"plug": 10, "a": 10, "d": 10}
 
@@ -419,3 +322,29 @@ async def test_whatever_happens_each_request_ends_as_it_should(make: Make, seed:
         if not isinstance(error, asyncio.CancelledError | gme.BusyError):
             assert bool(error) == bool({name_of(source) for source in sources} & set(faults))
     assert min(ends[kind] for kind in (asyncio.CancelledError, type(None), gme.ServiceError, gme.InputError)) > 0, ends
+
+
+# ---------------------------------------------------------------------------------------------------------- the rig
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make_one(**options: int) -> Rig:
+            rig = Rig(**options)
+            await stack.enter_async_context(rig.batcher.running())
+            stack.push_async_callback(rig.check)
+            return rig
+
+        yield make_one
+
+
+@pytest.fixture
+async def rig(make: Make) -> Rig:
+    return await make()

@@ -100,9 +100,33 @@ class BusyError(ServiceError, status=503, example="Too many inputs wait already:
 
 
 # ---------------------------------------------------------------------------------------------------- 1. Settings
-class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):  # see README.md
+# What Kubernetes makes of each Service whose name begins with "gme". Its GME_PORT is a URL: a number is a mistake.
+OF_KUBERNETES = re.compile(
+    r"GME(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_ADDR|_PORT|_PROTO)?)=.*|GME(_\w+)?_PORT=\w+://.*",
+    re.DOTALL,
+)
+
+
+def checked_model_id(name: str) -> str:
+    """Raises `ValueError` for a name that would lead out of GME_MODEL_DIR."""
+    if {"", ".", ".."} & set(name.split("/")):
+        raise ValueError("give a name such as iic/gme-Qwen2-VL-2B-Instruct, and in GME_MODEL_DIR where models lie")
+    return name
+
+
+def checked_key(key: str) -> str:
+    """Raises `ValueError` for a key that no client can send, or that does not come as it was sent."""
+    received = key.encode().decode("latin-1")
+    if re.search(r"[\0-\x1f\x7f]", key) or received != received.strip():
+        raise ValueError("no header can carry it; use letters, digits and punctuation")
+    return key
+
+
+class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip_whitespace=True):
+    """What the environment changes. README.md says what each of them means."""
+
     model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/gme_models")
-    model_id: str = "iic/gme-Qwen2-VL-2B-Instruct"
+    model_id: Annotated[str, AfterValidator(checked_model_id)] = "iic/gme-Qwen2-VL-2B-Instruct"
     model_revision: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -114,22 +138,46 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
     max_image_tokens: int = Field(1280, ge=256, le=16384)
     max_queue: int = Field(16384, ge=1)
     cache_mb: float = Field(64, ge=0, allow_inf_nan=False)
-    api_key: str | None = Field(None, min_length=1)
+    query_prompt: str | None = Field(None, min_length=1)
+    api_key: Annotated[str, AfterValidator(checked_key)] | None = Field(None, min_length=1)
 
     @classmethod
     def load(cls) -> "Settings":
         """Read the environment. Raises `StartError` with a sentence for the first variable that cannot be used."""
-        known = [f"GME_{setting}".upper() for setting in cls.model_fields]
-        for name in map(str.upper, os.environ):  # pydantic ignores their case too
-            if name.startswith("GME_") and name not in known:
-                raise StartError(f"{name} is no setting: use {difflib.get_close_matches(name, known, cutoff=0)[0]}.")
+        cls.check_names()
         try:
             return cls()
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise StartError(f"GME_{str(fault['loc'][0]).upper()} cannot be used: {fault['msg']}.") from None
+            place, message = first_fault(error)
+            raise StartError(f"GME_{place.upper()} cannot be used: {message}.") from None
         except RuntimeError as error:
             raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
+
+    @classmethod
+    def check_names(cls) -> None:
+        """Raises `StartError` for the first name that is no setting: what it was meant for would be ignored."""
+        known = [name.upper() for name in cls.model_fields]
+        passed_over = []
+        for name, value in os.environ.items():
+            name = name.upper()  # pydantic ignores their case too
+            setting = name.removeprefix("GME_")
+            if setting == name or setting in known:
+                continue
+            if OF_KUBERNETES.fullmatch(f"{name}={value}"):
+                passed_over.append(name)
+                continue
+            near = difflib.get_close_matches(setting, known, n=1)
+            advice = f"use GME_{near[0]}" if near else "README.md lists them"
+            raise StartError(f"{name} is no setting: {advice}.")
+        if passed_over:
+            log.info("Passed over, as Kubernetes makes them of a Service's name: %s.", ", ".join(sorted(passed_over)))
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where the first fault is, as `vision_config.depth`, and what it is, in words that do not end with a full stop."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, fault["loc"]))
+    return place, fault["msg"].removeprefix("Value error, ")
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint

@@ -1,21 +1,45 @@
 """Room Settings: what the environment changes, and what stops the start with a sentence instead of a traceback."""
 
+import logging
 import os
 import re
-import subprocess
-from pathlib import Path
 from unittest.mock import Mock
 
+import h11
 import pytest
 import torch
-from conftest import TOY, Patch, run
-from hub import serve_hub
+from conftest import Patch, run
+from fastapi.security.utils import get_authorization_scheme_param
+from hypothesis import HealthCheck, given, settings, strategies
 
 import gme_service as gme
 
 UVICORN = ("-m", "uvicorn", "gme_service:app", "--port", "0")
-VALUES = [("MODEL_DIR", "~nosuchuser"), ("DTYPE", "int8"), ("MAX_IMAGE_PIXELS", "1e400"), ("MAX_BODY_MB", "inf")]
-VALUES += [("CACHE_MB", "-1"), *(("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769"))]
+VALUES = [
+    ("MODEL_DIR", "~nosuchuser"),
+    *(("MODEL_ID", name) for name in ("/toy/shapes", "../shapes", "toy/../../shapes", "toy//shapes", ".")),
+    ("DTYPE", "int8"),
+    *(("MAX_LENGTH", text) for text in ("long", "1800.5", "0", "32769")),
+    ("MAX_BODY_MB", "inf"),
+    ("MAX_IMAGE_PIXELS", "1e400"),
+    ("CACHE_MB", "-1"),
+    ("QUERY_PROMPT", " "),
+    *(("API_KEY", key) for key in (" \n", "two\nlines", "a\x7fb", "clé à")),  # "à" ends with a byte that HTTP strips
+]
+# What a container sees of two Services, called `gme` and `gme-service`. A name that is upper-case has no dashes.
+OF_KUBERNETES = {
+    "GME_PORT": "tcp://10.0.0.1:8000",
+    "GME_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "GME_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "GME_PORT_8000_TCP_PORT": "8000",
+    "GME_PORT_8000_TCP_PROTO": "tcp",
+    "GME_SERVICE_HOST": "10.0.0.1",
+    "GME_SERVICE_PORT": "8000",
+    "GME_SERVICE_PORT_HTTP": "8000",
+    "GME_SERVICE_PORT_80_TCP_ADDR": "10.0.0.2",
+    "GME_SERVICE_SERVICE_HOST": "10.0.0.2",
+    "GME_SERVICE_SERVICE_PORT": "80",
+}
 
 
 @pytest.fixture
@@ -47,18 +71,51 @@ def test_a_value_that_cannot_be_used_is_named(environment: Patch, name: str, tex
 
 
 @pytest.mark.parametrize("name", ["GME_APIKEY", "gme_apikey"])
-def test_a_name_that_is_no_setting_is_refused_with_the_nearest(environment: Patch, name: str) -> None:
+def test_a_name_that_is_no_setting_is_refused_with_one_that_is_near(environment: Patch, name: str) -> None:
     environment.setenv(name, "secret")  # which would serve everybody, were it ignored
     sentence = refusal()
     assert re.findall(r"(?i)GME_\w+", sentence) == ["GME_APIKEY", "GME_API_KEY"]
     assert "secret" not in sentence
 
 
-def test_a_key_is_stripped_and_one_of_blanks_is_refused(environment: Patch) -> None:
+@pytest.mark.parametrize(("name", "value"), [("GME_LOG_LEVEL", "info"), ("GME_PORT", "9000"), ("GME_HOST", "gme")])
+def test_where_no_setting_is_near_none_is_named(environment: Patch, name: str, value: str) -> None:
+    environment.setenv(name, value)
+    assert re.findall(r"GME_\w+", refusal()) == [name]
+
+
+def test_what_kubernetes_makes_of_a_service_is_passed_over_with_one_line(
+    environment: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    default = gme.Settings.load()
+    for name, value in OF_KUBERNETES.items():
+        environment.setenv(name, value)
+    assert gme.Settings.load() == default
+    (line,) = caplog.messages
+    assert re.findall(r"GME_\w+", line) == sorted(OF_KUBERNETES)
+
+
+def test_a_key_and_a_prompt_are_stripped(environment: Patch) -> None:
     environment.setenv("GME_API_KEY", " 秘密 key\n")
-    assert gme.Settings.load().api_key == "秘密 key"
-    environment.setenv("GME_API_KEY", " \n")  # which would serve everybody, were it none
-    assert "GME_API_KEY" in refusal()
+    environment.setenv("GME_QUERY_PROMPT", "Find an image that matches the given text.\n")
+    found = gme.Settings.load()
+    assert found.api_key == "秘密 key"
+    assert found.query_prompt == "Find an image that matches the given text."
+
+
+@given(key=strategies.text(strategies.characters(max_codepoint=0x2100, exclude_characters="\0"), min_size=1))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_key_that_is_taken_comes_as_it_was_sent(environment: Patch, key: str) -> None:
+    environment.setenv("GME_API_KEY", key)
+    try:
+        key = gme.Settings.load().api_key
+    except gme.StartError:
+        return
+    headers = [("Host", "gme"), ("Authorization", b"Bearer " + key.encode())]
+    request = h11.Request(method="GET", target="/", headers=headers)
+    received = dict(request.headers)[b"authorization"].decode("latin-1")
+    assert get_authorization_scheme_param(received)[1].encode("latin-1").decode() == key
 
 
 def test_a_bad_setting_ends_uvicorn_with_a_sentence_and_a_code_of_its_own() -> None:
@@ -97,20 +154,3 @@ def test_the_dtype_suits_the_device_unless_it_is_named(
     monkeypatch.setattr(torch, "ones", Mock())  # as if every device were there
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert gme.choose_device(device, name) == (torch.device(device), dtype)
-
-
-def test_a_user_without_home_is_asked_for_a_directory_and_downloads_into_it(environment: Patch, tmp_path: Path) -> None:
-    prefix = ["env", "--unset=HOME", "unshare", "--user", "--map-user=54321"]
-    if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this system gives no user namespaces")
-    end = run(*UVICORN, prefix=prefix)
-    assert end.returncode == 78
-    assert "GME_MODEL_DIR" in end.stderr
-    assert len(end.stderr.splitlines()) == 1
-    environment.setenv("GME_MODEL_ID", "toy/shapes")
-    with serve_hub(TOY, "toy/shapes") as hub:
-        variables = {"GME_MODEL_DIR": str(tmp_path), "MODELSCOPE_ENDPOINT": hub.url}
-        end = run("-c", "import gme_service", prefix=prefix, **variables)
-    assert end.returncode == 0, end.stderr
-    for name, content in hub.files.items():
-        assert (tmp_path / "toy" / "shapes" / name).read_bytes() == content

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPMethod
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
@@ -43,10 +43,20 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -181,65 +191,180 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
+WEIGHT_INDEX = "model.safetensors.index.json"
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+
+class WeightIndex(BaseModel):
+    """What `model.safetensors.index.json` holds."""
+
+    weight_map: dict[str, str]  # names of weights to names of files
+
+
 def weight_files(directory: Path) -> set[Path]:
-    index = directory / "model.safetensors.index.json"
-    shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    """The files that the index names, or the one that needs no index. Raises `OSError` or `ValueError`."""
+    index = directory / WEIGHT_INDEX
+    if not index.exists():
+        return {directory / "model.safetensors"}
+    shards = WeightIndex.model_validate_json(index.read_bytes()).weight_map.values()
     return {directory / shard for shard in shards}
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds a whole checkpoint. The header of a weight file shows when the file was cut short."""
+def find_fault(directory: Path) -> str | None:
+    """What a checkpoint lacks, as "config.json is missing"; none when it is whole.
+
+    Raises `StartError` for a file that is there and cannot be read, which no download mends.
+    """
+    path = directory
     try:
-        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
-            json.loads((directory / name).read_bytes())
-        return all(safe_open(path, framework="np") for path in weight_files(directory))  # each is true, or raises
-    except Exception:  # whatever a damaged file makes its reader trip over
-        return False
+        for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+            path = directory / name
+            json.loads(path.read_bytes())
+        path = directory / WEIGHT_INDEX
+        for file in sorted(weight_files(directory)):
+            path = file
+            # Opened first, as safe_open calls missing what it may not read. It sees in the header where a file is cut.
+            with path.open("rb"), safe_open(path, framework="np"):
+                pass
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        return f"{path.name} is damaged ({': '.join(first_fault(error))})"
+    except (ValueError, SafetensorError) as error:
+        return f"{path.name} is damaged ({error})"
+    return None
 
 
-def file_sums(directory: Path) -> set[str]:
-    """For each file the line that the command sha256sum prints."""
-    paths = [*directory.glob("*.json"), *directory.glob("*.safetensors")]
-    return {f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}" for path in paths}
+def find_checkpoint(settings: Settings) -> Path:
+    """The checkpoint's directory, whose files are fetched from ModelScope where they are missing or damaged.
 
-
-def find_checkpoint(settings: Settings, refetch: bool = False) -> Path:
-    """The checkpoint's directory, fetched from ModelScope where it is not whole, or with `refetch`, what differs."""
+    Raises `StartError`, or `StartLaterError` when the hub may answer later.
+    """
     directory = settings.model_dir / settings.model_id
-    if is_complete(directory) and not refetch:
+    fault = find_fault(directory)
+    if fault is None:
         return directory
-    os.environ.setdefault("HOME", str(settings.model_dir))  # ModelScope's client has to have one
-    os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; there is a lock below
-    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file: its hour may not do for 5 GB
+    prepare_client(settings.model_dir)
     bars = sys.stderr if sys.stderr.isatty() else io.StringIO()  # in a log they would be 90,000 lines an hour
     try:
         with FileLock(directory / ".lock"), contextlib.redirect_stderr(bars):  # one worker at a time
-            from modelscope import snapshot_download  # takes 1.3 s, and is needed once
-
-            log.info("Downloading %s into %s (the 2B model has 8.8 GB).", settings.model_id, directory)
-            snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
-            if not is_complete(directory):
-                raise ValueError("what the hub sent is not a complete Qwen2-VL checkpoint")
-            (directory / "SHA256SUMS").write_text("\n".join(sorted(file_sums(directory))))
+            fault = find_fault(directory)
+            if fault is None:
+                return directory  # another worker has fetched it
+            download(settings, directory, fault)
+    except StartError:
+        raise
     except Exception as error:  # the client raises many kinds
         kind = StartLaterError if getattr(error, "retryable", False) else StartError
+        reason = " ".join(str(error).split())
         advice = "Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
-        raise kind(f"Downloading into {directory} failed: {' '.join(str(error).split())}. {advice}") from None
+        raise kind(f"In {directory}, {fault}, and downloading failed: {reason}. {advice}") from None
     return directory
 
 
-def verify(settings: Settings) -> str:
-    """Compare the files with the sums noted after their download. Raises `StartError` with those that differ."""
-    directory = settings.model_dir / settings.model_id
-    sums, found, advice = directory / "SHA256SUMS", file_sums(directory), "Delete them, and start again."
-    if not sums.exists() and not is_complete(directory):
-        raise StartError(f"There is no whole checkpoint in {directory} yet: start the service to fetch it.")
-    if not sums.exists():
-        find_checkpoint(settings, refetch=True)
-        advice = "The hub's have taken their place."
-    if wrong := sorted({line.split("  ")[-1] for line in found ^ set(sums.read_text().splitlines())}):
-        raise StartError(f"Not as published, in {directory}: {', '.join(wrong)}. {advice}")
-    return f"The files of {settings.model_id} in {directory} are as they were published."
+def prepare_client(directory: Path) -> None:
+    """Set what ModelScope's client reads from the environment, where the user has not set it."""
+    os.environ.setdefault("HOME", str(directory))  # the client has to have one
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")  # it would be in HOME; `find_checkpoint` has one
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # s per file: its hour may not do for 5 GB
+    try:
+        (Path.home() / ".modelscope" / "credentials" / "cookies").read_bytes()
+    except PermissionError:  # HOME is another user's, where the client would fail as we do
+        os.environ.setdefault("MODELSCOPE_HOME", str(directory / ".modelscope"))
+    except OSError:
+        pass  # nobody has logged in
+
+
+def download(settings: Settings, directory: Path, fault: str) -> None:
+    """Fetch what is missing or differs from the hub's, and write SHA256SUMS, which `sha256sum -c` reads."""
+    from modelscope import snapshot_download  # takes 1.3 s, and is needed once
+
+    log.info("Downloading %s into %s, where %s (the 2B model has 8.8 GB).", settings.model_id, directory, fault)
+    snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory))
+    left = find_fault(directory)
+    if left is not None:
+        raise ValueError(f"what the hub sent is no complete Qwen2-VL checkpoint: {left}")
+    lines = []
+    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    (directory / "SHA256SUMS").write_text("".join(lines))
+
+
+class TextFields(BaseModel, strict=True):
+    """The decoder. Published, it is described at the top of `config.json`; a current transformers has `text_config`.
+
+    Here and below, a field with a default may be left out of the file. One with a single value is not read: with
+    another, the model would compute other vectors.
+    """
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    intermediate_size: PositiveInt
+    vocab_size: PositiveInt
+    rms_norm_eps: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    rope_theta: float = Field(
+        1_000_000.0,
+        gt=0,
+        allow_inf_nan=False,
+        validation_alias=AliasChoices("rope_theta", AliasPath("rope_parameters", "rope_theta")),
+    )
+    rope_type: Literal["default", "mrope"] = Field(
+        "default",
+        validation_alias=AliasChoices(
+            AliasPath("rope_parameters", "rope_type"),
+            AliasPath("rope_scaling", "rope_type"),
+            AliasPath("rope_scaling", "type"),
+        ),
+    )
+    hidden_act: Literal["silu"] = "silu"
+    use_sliding_window: Literal[False] = False
+
+
+class VisionFields(BaseModel, strict=True):
+    """What describes the vision tower. The published files leave out most of it."""
+
+    depth: PositiveInt = 32
+    embed_dim: PositiveInt = 1280
+    num_heads: PositiveInt = 16
+    mlp_ratio: PositiveInt = 4
+    hidden_act: Literal["quick_gelu"] = "quick_gelu"
+    patch_size: Literal[14] = 14
+    spatial_merge_size: Literal[2] = 2
+    temporal_patch_size: Literal[2] = 2
+
+
+class ConfigFields(BaseModel, strict=True):
+    """`config.json`. Without `text_config`, the fields of the decoder are beside `vision_config`."""
+
+    vision_config: VisionFields
+    text_config: TextFields | None = None
+
+
+class ProcessorFields(BaseModel, strict=True):
+    """`preprocessor_config.json`."""
+
+    image_mean: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+    image_std: Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+def read_fields(path: Path, kind: type[Fields]) -> Fields:
+    """Raises `StartError` for a file that has not these fields: that of another model, or one that was changed."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        place, message = first_fault(error)
+        where = f"{place}: " if place else ""
+        raise StartError(f"{path} is not as that of a Qwen2-VL: {where}{message}.") from None
 
 
 @dataclass(frozen=True)
@@ -263,30 +388,58 @@ class Config:
 
     @classmethod
     def read(cls, directory: Path) -> "Config":
-        """Raises `StartError` when the directory holds another kind of model."""
-        config = json.loads((directory / "config.json").read_bytes())
-        processor = json.loads((directory / "preprocessor_config.json").read_bytes())
-        text = config.get("text_config", config)  # nested in what a current transformers saves
-        try:
-            vision = config["vision_config"]
-            return cls(
-                width=text["hidden_size"],
-                layers=text["num_hidden_layers"],
-                heads=text["num_attention_heads"],
-                groups=text["num_key_value_heads"],
-                inner=text["intermediate_size"],
-                vocabulary=text["vocab_size"],
-                theta=text.get("rope_theta") or text["rope_parameters"]["rope_theta"],
-                eps=text["rms_norm_eps"],
-                vision_width=vision.get("embed_dim", 1280),  # the published file leaves defaults out
-                vision_layers=vision.get("depth", 32),
-                vision_heads=vision.get("num_heads", 16),
-                vision_inner=vision.get("embed_dim", 1280) * vision.get("mlp_ratio", 4),
-                mean=processor["image_mean"],
-                std=processor["image_std"],
-            )
-        except KeyError as error:
-            raise StartError(f"The model in {directory} is no Qwen2-VL: its configuration lacks {error}.") from None
+        """Raises `StartError` for a file that is missing, damaged or of another model, and for what cannot be."""
+        path = directory / "config.json"
+        fields = read_fields(path, ConfigFields)
+        text = fields.text_config or read_fields(path, TextFields)
+        vision = fields.vision_config
+        processor = read_fields(directory / "preprocessor_config.json", ProcessorFields)
+        config = cls(
+            width=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            groups=text.num_key_value_heads,
+            inner=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            theta=text.rope_theta,
+            eps=text.rms_norm_eps,
+            vision_width=vision.embed_dim,
+            vision_layers=vision.depth,
+            vision_heads=vision.num_heads,
+            vision_inner=vision.embed_dim * vision.mlp_ratio,
+            mean=processor.image_mean,
+            std=processor.image_std,
+        )
+        for number, divisor, rule in (
+            (config.width, config.heads, "hidden_size is no multiple of num_attention_heads"),
+            (config.heads, config.groups, "num_attention_heads is no multiple of num_key_value_heads"),
+            (config.width, 2 * config.heads, "hidden_size / num_attention_heads is odd"),
+            (config.vision_width, config.vision_heads, "vision_config.embed_dim is no multiple of num_heads"),
+            (config.vision_width, 4 * config.vision_heads, "vision_config.embed_dim / num_heads is no multiple of 4"),
+        ):
+            if number % divisor:
+                raise StartError(f"{path} is not as that of a Qwen2-VL: {rule}.")
+        return config
+
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raises `StartError` when the tokenizer has an id that the model has no embedding for."""
+        token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+        if last >= self.vocabulary:
+            reason = f"the tokenizer has the id {last} for {token!r}, and vocab_size is {self.vocabulary}"
+            raise StartError(f"tokenizer.json and config.json are not of one model: {reason}.")
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Raises `StartError` for a file that is damaged, or lacks a token of the authors' prompt."""
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no kind of its own
+        raise StartError(f"{path} is no tokenizer: {error}.") from None
+    for token in SPECIAL_TOKENS:
+        if tokenizer.token_to_id(token) is None:
+            raise StartError(f"{path} is not that of a Qwen2-VL: it has no {token}.")
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
@@ -405,7 +558,7 @@ def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tu
 
 class Preparer:  # turns what clients send into what the model reads; thread-safe
     def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # No token has more characters than the longest has bytes: what follows `max_chars` would be cut in any case.
@@ -1784,8 +1937,10 @@ def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
     """All that answers, without HTTP. Raises `StartError`."""
     device, dtype = choose_device(settings.device, settings.dtype)
     directory = find_checkpoint(settings)
+    config = Config.read(directory)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
-    model = Model(directory, Config.read(directory), device, dtype)
+    config.check_vocabulary(prepare.tokenizer)
+    model = Model(directory, config, device, dtype)
     model.check(prepare([Source("A red circle on white."), Source("harbour")]))  # short, as every start computes them
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
     max_tokens = 8192 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
@@ -1817,11 +1972,9 @@ def build() -> FastAPI:
 
 
 def main(arguments: list[str]) -> None:
-    """What `python gme_service.py` does: --version, --verify, or uvicorn with its own options."""
+    """What `python gme_service.py` does: --version, or uvicorn with its own options."""
     if arguments == ["--version"]:
         print(__version__)
-    elif arguments == ["--verify"]:
-        print(verify(Settings.load()))
     else:
         serve = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
         os.execv(sys.executable, [sys.executable, *serve, *arguments])

@@ -84,6 +84,8 @@ class StartLaterError(StartError):
 class DeviceLostError(Exception):
     """The device cannot compute any more, and the process has to end with it."""
 
+    exit_code = 1
+
 
 class ServiceError(Exception):
     """Why a request has no embeddings, in a sentence for the client. Each kind has its HTTP status, and an example."""
@@ -1933,28 +1935,41 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
 
 
 # --------------------------------------------------------------------------------------------------------- 7. app
+TOY = Path(__file__).parent / "tests" / "models"
+UVICORN = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app"]
+# By itself uvicorn closes an idle connection after 5 s: a client that comes back just then meets a reset.
+UVICORN_OPTIONS = ["--host", "0.0.0.0", "--timeout-keep-alive", "75"]
+
+
 def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
     """All that answers, without HTTP. Raises `StartError`."""
     device, dtype = choose_device(settings.device, settings.dtype)
+    log.info("Loading %s on %s in %s.", settings.model_id, device, dtype)
     directory = find_checkpoint(settings)
     config = Config.read(directory)
     prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
     config.check_vocabulary(prepare.tokenizer)
     model = Model(directory, config, device, dtype)
     model.check(prepare([Source("A red circle on white."), Source("harbour")]))  # short, as every start computes them
+    return prepare, model, create_batcher(settings, prepare, model)
+
+
+def create_batcher(settings: Settings, prepare: Preparer, model: Model) -> Batcher:
     # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
-    max_tokens = 8192 if device.type == "cuda" else min(256 * torch.get_num_threads(), 8192)
-    cache_entries = int(settings.cache_mb * 2**20 / (4 * model.dimension + 200))  # 4 bytes a number, 200 of Python's
-    batcher = Batcher(
+    max_tokens = 8192
+    if model.device.type == "cpu":
+        max_tokens = min(256 * torch.get_num_threads(), 8192)
+    # Four bytes a number, and 200 of Python's.
+    bytes_per_embedding = 4 * model.dimension + 200
+    return Batcher(
         prepare,
         prepare.count_pixels,
         model.embed,
         max_tokens=settings.max_batch_tokens or max_tokens,
         max_pixels=settings.max_image_pixels,
         max_queue=settings.max_queue,
-        cache_entries=cache_entries,
+        cache_entries=int(settings.cache_mb * 2**20 / bytes_per_embedding),
     )
-    return prepare, model, batcher
 
 
 def build() -> FastAPI:
@@ -1962,8 +1977,7 @@ def build() -> FastAPI:
     started = time.perf_counter()
     settings = Settings.load()
     _, model, batcher = load(settings)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its shutdown's end
+    exit_0_at_sigterm()
     key = "an API key is needed" if settings.api_key else "no API key is needed (GME_API_KEY holds none)"
     what = f"{settings.model_id} from {settings.model_dir / settings.model_id} on {model.device} in {model.dtype}"
     took = f"{model.dimension} dimensions, loaded in {time.perf_counter() - started:.1f} s"
@@ -1971,19 +1985,36 @@ def build() -> FastAPI:
     return create_app(settings, batcher, model)
 
 
+def exit_0_at_sigterm() -> None:
+    """uvicorn raises the signal again when its shutdown has ended. Where others handle it, it stays theirs."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
 def main(arguments: list[str]) -> None:
-    """What `python gme_service.py` does: --version, or uvicorn with its own options."""
-    if arguments == ["--version"]:
-        print(__version__)
-    else:
-        serve = ["-m", "uvicorn", "--app-dir", str(Path(__file__).parent), "gme_service:app", "--host", "0.0.0.0"]
-        os.execv(sys.executable, [sys.executable, *serve, *arguments])
+    """What `python gme_service.py` does: --version, or uvicorn with its own options, after --toy with the toy model."""
+    match arguments:
+        case ["--version"]:
+            print(__version__)
+        case ["--toy", *options]:
+            if not TOY.is_dir():
+                raise StartError(f"There is no toy in {TOY}: use gme_service.py in a clone of its repository.")
+            os.environ |= {"GME_MODEL_DIR": str(TOY), "GME_MODEL_ID": "toy/shapes"}
+            serve(options)
+        case options:
+            serve(options)
+
+
+def serve(options: list[str]) -> None:
+    """Become a uvicorn that serves the app. Of an option that is given twice, it takes the last."""
+    os.execv(sys.executable, [sys.executable, *UVICORN, *UVICORN_OPTIONS, *options])
 
 
 try:
     if __name__ == "__main__":
         main(sys.argv[1:])
-    else:
+    elif __name__ == "gme_service":
         app = build()  # when uvicorn imports it, before the port opens
 except StartError as error:
     print(error, file=sys.stderr)

@@ -1,7 +1,9 @@
 """Room app: the command line, when the port opens, what the log says, and how the service ends."""
 
 import io
+import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import IMAGES, ROOT, Start, free_port, run
+import uvicorn
+from conftest import IMAGES, ROOT, TOY, Patch, Start, free_port, run
 from PIL import Image
 
 import gme_service as gme
@@ -40,24 +43,63 @@ def test_help_and_version_need_no_model(tmp_path: Path, argument: str, words: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_port_opens_when_the_model_is_loaded_on_all_addresses_and_one_line_says_what_runs(tmp_path: Path) -> None:
+def test_the_toy_is_served_on_all_addresses_when_it_is_loaded_and_two_lines_say_what_runs(tmp_path: Path) -> None:
     log, port = tmp_path / "log", free_port()
-    command = [sys.executable, "gme_service.py", "--port", str(port)]
-    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+    command = [sys.executable, str(ROOT / "gme_service.py"), "--toy", "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GME_MODEL_")}
+    environment["GME_DTYPE"] = "float32"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output) as process,
+    ):
         opened = False
         while not opened and process.poll() is None:
             with socket.socket() as probe:
                 opened = probe.connect_ex(("127.0.0.1", port)) == 0
             time.sleep(0.01)
         assert opened, log.read_text()
-        lines = [line for line in log.read_text().splitlines() if "toy/shapes" in line]
+        first, second = (line for line in log.read_text().splitlines() if "toy/shapes" in line)
         answer = httpx.post(f"http://127.0.0.2:{port}/embed/text", json={"texts": ["a"]}, timeout=PATIENCE)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
     assert answer.status_code == 200
-    (ours,) = lines
-    for words in (gme.__version__, " on cpu ", "float32", "no API key is needed", "GME_API_KEY"):
-        assert words in ours
+    assert "Loading toy/shapes on cpu in torch.float32." in first
+    for words in (gme.__version__, str(TOY), " on cpu ", "float32", "128 dimensions", "no API key", "GME_API_KEY"):
+        assert words in second
+
+
+def test_what_is_loaded_is_said_before_it_is_read(tmp_path: Path) -> None:
+    end = run("-m", "uvicorn", "gme_service:app", GME_MODEL_DIR=str(tmp_path), MODELSCOPE_ENDPOINT="http://127.0.0.1:9")
+    first, second, *_ = end.stderr.splitlines()
+    assert "Loading toy/shapes" in first
+    assert "Downloading toy/shapes" in second
+
+
+def test_the_toy_of_a_module_without_its_repository_is_a_sentence(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "gme_service.py", tmp_path)
+    end = run(str(tmp_path / "gme_service.py"), "--toy")
+    assert (end.returncode, end.stdout) == (78, "")
+    (sentence,) = end.stderr.splitlines()
+    assert str(tmp_path / "tests" / "models") in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host", "seconds"),
+    [
+        ([], "0.0.0.0", 75),  # which is longer than clients and proxies keep a connection
+        (["--port", "9000", "--timeout-keep-alive", "10"], "0.0.0.0", 10),
+        (["--toy", "--host", "127.0.0.1"], "127.0.0.1", 75),
+    ],
+)
+def test_the_options_of_the_plain_command_are_defaults(
+    monkeypatch: Patch, arguments: list[str], host: str, seconds: int
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append(command))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    gme.main(arguments)
+    options = uvicorn.main.make_context("uvicorn", started[0][3:]).params
+    assert (options["app"], options["host"], options["timeout_keep_alive"]) == ("gme_service:app", host, seconds)
 
 
 def test_uploads_need_no_disk_and_neither_requests_nor_the_key_are_in_the_log(start: Start) -> None:

@@ -34,7 +34,7 @@ def test_uvicorn_reads_the_options_in_the_environment_of_the_unit(monkeypatch: P
     for name, value in re.findall(r"(UVICORN_\w+)=(\S+)", UNIT.read_text()):
         monkeypatch.setenv(name, value)
     options = uvicorn.main.make_context("uvicorn", ["gme_service:app"]).params
-    assert (options["http"], options["timeout_graceful_shutdown"]) == ("h11", 60)
+    assert (options["http"], options["timeout_graceful_shutdown"], options["timeout_keep_alive"]) == ("h11", 60, 75)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")

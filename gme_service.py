@@ -446,18 +446,25 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
 DEFAULT_INSTRUCTION = "You are a helpful assistant."  # an instruction is what the API calls `prompt`
-SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"  # of the authors' prompt; image and text follow
+# The authors' prompt, with an image and a text between its two parts.
+SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-PATCH, TOKEN = 14, 28  # pixels on a side: of a patch, and of the 2 x 2 patches that make an image token
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # Pillow opens MPO as a kind of JPEG
+IMAGE_PART = "<|vision_start|><|image_pad|><|vision_end|>"
+MAX_KEPT_INSTRUCTION = 4096  # characters of an instruction whose token ids are kept
+PATCH = 14  # pixels on a side
+TOKEN = 2 * PATCH  # an image token is made of 2 x 2 patches
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow opens MPO as a kind of JPEG
 MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
 OPEN_SECONDS = 1  # of a processor, to open an image file
 PIXELS_PER_SECOND = 10_000_000  # the slowest that a whole file is decoded
-MAX_JPEG_PARTS = 30  # scans and EXIF segments
-MAX_EXIF = 1 << 16  # bytes, a JPEG segment's most
+MAX_JPEG_PARTS = 30  # scans and EXIF segments: a photo has about ten scans, each a pass over all pixels
+MAX_JPEG_SEGMENTS = 10_000
+JPEG_WINDOW = 1 << 20  # bytes that are searched in one go, which holds the interpreter for 20 ms at most
+MAX_PNG_CHUNKS = 100_000  # in 32 MB, four of libpng's 8 kB are 16,000
+MAX_EXIF = 1 << 16  # bytes, a JPEG segment's most: Pillow makes up to 32 times as much of them
 ODD_EXIF = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)  # what it makes Pillow raise
 CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go, and what an image counts: it is a chunk of its own
-TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut at GME_MAX_LENGTH tokens.")
+TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut, at GME_MAX_LENGTH tokens or at fewer as asked.")
 
 
 @dataclass(slots=True, frozen=True)
@@ -488,23 +495,6 @@ class Input:  # as the model reads it
         return len(self.token_ids) - len(self.prefix)
 
 
-class UnreadableError(Exception):
-    """Why an image file is not decoded."""
-
-
-class TimedFile(io.BytesIO):
-    """A file in memory that can be read until the thread that reads it has used so much time of a processor."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.deadline = time.thread_time() + OPEN_SECONDS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self.deadline:
-            raise UnreadableError("it takes too long to read")
-        return super().read(size)
-
-
 class PixelBudget:
     """Bounds the pixels that are decoded at a time. Who comes first goes first, however much it takes.
 
@@ -531,21 +521,157 @@ class PixelBudget:
             self.freed.set()
 
 
-def without_avif_exif(data: bytes) -> bytes:
-    """An AVIF says in its irot and imir boxes how to turn it. Its EXIF, which Pillow would read whole, is renamed."""
-    is_avif = data[4:8] == b"ftyp"
-    return re.sub(rb"(?s)(infe.{8,10}?)Exif", rb"\1skip", data) if is_avif else data
+# The gatekeeper: what of an image file may be decoded at all, by its first bytes and its header.
+class TimedFile(io.BytesIO):
+    """A file in memory that can be read until the thread that reads it has used so much time of a processor."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.deadline = time.thread_time() + OPEN_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self.deadline:
+            raise InputError("The image takes too long to read: save it anew, without metadata.")
+        return super().read(size)
 
 
-def decode_upright(image: Image.Image) -> Image.Image:
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+# Of what follows 0xFF, all that begins a segment of some length, and the end of a picture.
+JPEG_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
+JPEG_END = b"\xd9"
+JPEG_SCAN = b"\xda"
+JPEG_EXIF = b"\xe1"
+
+
+def find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
+    for start in range(position, len(data), JPEG_WINDOW):
+        if marker := JPEG_MARKER.search(data, start, start + JPEG_WINDOW + 1):
+            return marker
+    return None
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raises `InputError` for a JPEG that takes far longer than its size tells.
+
+    Its first picture alone counts: others may follow, as in an MPO, and small ones lie within its EXIF.
+    """
+    scans = exif = 0
+    position = len(JPEG_SIGNATURE) - 1
+    for _ in range(MAX_JPEG_SEGMENTS):
+        marker = find_marker(data, position)
+        if marker is None or (marker[1] == JPEG_END and scans):
+            return
+        start = position = marker.end()
+        if marker[1] != JPEG_END:  # an end before any picture, which has no length
+            position += max(2, int.from_bytes(data[start : start + 2]))
+        scans += marker[1] == JPEG_SCAN
+        exif += marker[1] == JPEG_EXIF and data.startswith(b"Exif\0\0", start + 2)
+        if scans + exif > MAX_JPEG_PARTS:
+            raise InputError(f"The image has over {MAX_JPEG_PARTS} scans and EXIF segments: save it as a plain JPEG.")
+    raise InputError(f"The image has over {MAX_JPEG_SEGMENTS} segments: save it without metadata.")
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH = 24  # where a PNG says how many bits a sample has
+PNG_CHUNK = struct.Struct(">I4s")  # the length of its content, and its kind; the content and a checksum follow
+
+
+def plain_png(data: bytes) -> bytes:
+    """A PNG without the chunks that change no pixel: damage there, or a size beyond Pillow's limits, is no matter.
+
+    Raises `InputError` for a file of very many chunks.
+    """
+    chunks = [data[: len(PNG_SIGNATURE)]]
+    start = len(PNG_SIGNATURE)
+    for _ in range(MAX_PNG_CHUNKS):
+        if start + PNG_CHUNK.size > len(data):
+            break
+        length, kind = PNG_CHUNK.unpack_from(data, start)
+        end = start + PNG_CHUNK.size + length + 4
+        is_ancillary = kind[:1].islower()
+        if not is_ancillary or kind in (b"tRNS", b"eXIf"):
+            chunks.append(data[start:end])
+        if kind == b"IEND":
+            break
+        start = end
+    else:
+        raise InputError(f"The image has over {MAX_PNG_CHUNKS} chunks: save it anew, without metadata.")
+    return b"".join(chunks)
+
+
+def eight_bits(transparent: Any, depth: int) -> Any:
+    """A PNG's transparent colour, a number or one for each channel, as Pillow scales its pixels."""
+    if isinstance(transparent, tuple):
+        return tuple(eight_bits(channel, depth) for channel in transparent)
+    if depth == 16:
+        return transparent >> 8
+    return transparent * 255 // (2**depth - 1)
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The header of a file whose pixels can be decoded in little time. Raises `InputError` or `TooLargeError`."""
+    too_large = TooLargeError(f"The image is over {max_pixels} pixels or {MAX_SIDE} a side: scale it down.")
+    is_png = data.startswith(PNG_SIGNATURE)
+    if is_png:
+        depth = data[PNG_DEPTH]
+        data = plain_png(data)
+    elif data.startswith(JPEG_SIGNATURE):
+        check_jpeg(data)
+
+    file = TimedFile(data)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:  # twice as many
+        raise too_large from None
+    num_pixels = image.width * image.height
+    if num_pixels > max_pixels or max(image.size) > MAX_SIDE:
+        raise too_large
+    file.deadline += num_pixels / PIXELS_PER_SECOND
+    if is_png and image.mode in ("L", "RGB") and "transparency" in image.info:
+        image.info["transparency"] = eight_bits(image.info["transparency"], depth)
+    return image
+
+
+# The decoder: what a person sees of it.
+def decode(image: Image.Image) -> Image.Image:
+    """The first frame of an opened file, upright, on white where it is transparent, in RGB. Raises `InputError`."""
     image.load()  # a PNG may have its EXIF behind the pixels
     if len(image.info.get("exif", b"")) > MAX_EXIF:
-        raise UnreadableError("Pillow makes up to 32 times as much of EXIF")
+        raise InputError(f"The image has over {MAX_EXIF} bytes of EXIF: save it without metadata.")
     with contextlib.suppress(*ODD_EXIF):
         ImageOps.exif_transpose(image, in_place=True)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.format == "BMP":  # viewers read past its alpha, which is often zero throughout
+        return in_mode("RGB", image)
+    if image.mode.startswith("I;16"):
+        image = high_byte(image)
+    if image.has_transparency_data:
+        image = on_white(image)
+    return in_mode("RGB", image)
 
 
+def in_mode(mode: str, image: Image.Image) -> Image.Image:
+    """Pillow's `convert`, which copies an image that is in that mode already."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def high_byte(image: Image.Image) -> Image.Image:
+    """Of 16-bit grey, as Pillow reads 16-bit colours; its `convert` would make everything from 255 on white."""
+    samples = np.asarray(image)
+    grey = Image.fromarray((samples >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(samples != image.info["transparency"]))
+    return grey
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """By `paste`: `alpha_composite`, which gives the same, holds the interpreter ten times as long."""
+    image = in_mode("RGBA", image)
+    ground = Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image)
+    return ground
+
+
+# The resizer: what the model sees of it.
 def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
     """The size (width, height) in multiples of 28 pixels to bring an image to: `smart_resize` as published."""
     columns, rows = (max(1, round(side / TOKEN)) for side in (width, height))
@@ -558,39 +684,86 @@ def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tu
     return columns * TOKEN, rows * TOKEN
 
 
-class Preparer:  # turns what clients send into what the model reads; thread-safe
+def resize(image: Image.Image, max_tokens: int) -> Image.Image:
+    """The two resizes of the authors' code: their own, then that of the published image processor."""
+    width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
+    first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
+    second = fitted_size(*first, min_tokens=256, max_tokens=max_tokens)
+    for size in (first, second):
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
+
+
+def to_patches(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
+    """The grid and the patches of an `Input`."""
+    pixels = np.asarray(image)  # (height, width, 3)
+    rows = pixels.shape[0] // PATCH
+    columns = pixels.shape[1] // PATCH
+    blocks = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
+    return (rows, columns), patches
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Whatever fails within, with a broken image file, becomes an error that names the input."""
+    try:
+        yield
+    except ServiceError as error:
+        raise type(error)(f"{name}{error}") from None
+    except Exception:  # whatever Pillow raises
+        raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
+
+
+class Preparer:
+    """Turns what clients send into what the model reads; thread-safe."""
+
     def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
         self.tokenizer = read_tokenizer(directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # No token has more characters than the longest has bytes: what follows `max_chars` would be cut in any case.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
-        self.max_length, self.max_pixels, self.max_image_tokens = max_length, max_image_pixels, max_image_tokens
-        self.system_ids = functools.lru_cache(16)(lambda text: self.tokenizer.encode(SYSTEM_PART.format(text)).ids)
+        self.max_length = max_length
+        self.max_pixels = max_image_pixels
+        self.max_image_tokens = max_image_tokens
+        self.kept_system_ids = functools.lru_cache(16)(self.system_ids)
         Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
-        """Raises the `InputError` or `TooLargeError` of an image that cannot be used."""
-        cut, prompts = slice(self.max_chars), []
-        for source in sources:
-            image = "" if source.image is None else "<|vision_start|><|image_pad|><|vision_end|>"
-            prompts.append(SYSTEM_PART.format(source.instruction[cut]) + image + source.text[cut] + END)
-        encodings = self.tokenizer.encode_batch_fast(prompts)  # releases the interpreter lock
+        """Raises the `InputError` or `TooLargeError` of an input that cannot be used."""
+        encodings = self.tokenizer.encode_batch_fast([self.prompt(one) for one in sources])  # releases the interpreter
         return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
 
+    def count_pixels(self, source: Source) -> int:
+        """Of its image, by the file's header. Raises `InputError` or `TooLargeError` for one that is not decoded."""
+        if source.image is None:
+            return 0
+        with refusing(source.name), open_image(source.image, self.max_pixels) as image:
+            return image.width * image.height
+
+    def prompt(self, source: Source) -> str:
+        image = "" if source.image is None else IMAGE_PART
+        text = source.text[: self.max_chars]
+        return SYSTEM_PART.format(source.instruction[: self.max_chars]) + image + text + END
+
+    def system_ids(self, instruction: str) -> list[int]:
+        """The first tokens of a prompt, up to where an image or a text begins."""
+        return self.tokenizer.encode(SYSTEM_PART.format(instruction[: self.max_chars])).ids[: self.max_length]
+
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        system_ids, start, grid, patches = self.system_ids(source.instruction[: self.max_chars]), 0, (0, 0), None
+        keeps = len(source.instruction) <= MAX_KEPT_INSTRUCTION
+        system_ids = (self.kept_system_ids if keeps else self.system_ids)(source.instruction)
+        start = 0
+        grid = (0, 0)
+        patches = None
         if source.image is not None:
-            pixels = np.asarray(self.read_image(source.name, source.image))  # (height, width, 3)
-            rows, columns, start = pixels.shape[0] // TOKEN, pixels.shape[1] // TOKEN, len(system_ids) + 1
-            if start + rows * columns > self.max_length:
-                counted = f"{source.name}The image's {rows * columns} tokens and the {start} before it"
-                raise InputError(f"{counted} are over {self.max_length}: shorten the prompt, or raise GME_MAX_LENGTH.")
-            token_ids[start : start + 1] = [token_ids[start]] * (rows * columns)
-            blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-            grid, patches = (2 * rows, 2 * columns), blocks.reshape(-1, 3 * PATCH**2)
-        TRUNCATED.inc(len(token_ids) > self.max_length)
-        ids = token_ids[: self.max_length]
+            with refusing(source.name), open_image(source.image, self.max_pixels) as image:
+                grid, patches = to_patches(resize(decode(image), self.max_image_tokens))
+            start = len(system_ids) + 1
+            token_ids = self.with_image(source, token_ids, start, len(patches) // 4)
+        ids = self.cut(source, token_ids)
         prefix = ids[: min(len(system_ids), len(ids) - 1)]
         while prefix != system_ids[: len(prefix)]:  # a text's leading white space makes one token with the last "\n"
             prefix.pop()
@@ -598,41 +771,26 @@ class Preparer:  # turns what clients send into what the model reads; thread-saf
         key.update(b"" if patches is None else patches.data)
         return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
 
-    def count_pixels(self, source: Source) -> int:
-        with self.open_image(source.image or b"") as image:
-            return image.width * image.height
+    def with_image(self, source: Source, token_ids: list[int], start: int, image_tokens: int) -> list[int]:
+        """The ids with so many image tokens in place of the one that is at `start`. Raises `InputError`."""
+        if start + image_tokens > self.max_length:
+            needed = f"{source.name}The image's {image_tokens} tokens and those before it are over {self.max_length}"
+            raise InputError(f"{needed}: shorten the prompt, or raise GME_MAX_LENGTH.")
+        return token_ids[:start] + image_tokens * [token_ids[start]] + token_ids[start + 1 :]
 
-    def read_image(self, name: str, data: bytes) -> Image.Image:
-        """The first frame of an image file, as the model sees it. Raises `InputError` or `TooLargeError`."""
-        try:
-            with self.open_image(data) as image:
-                return self.resize(decode_upright(image))
-        except Image.DecompressionBombError:
-            most = f"{self.max_pixels} pixels or {MAX_SIDE} a side"
-            raise TooLargeError(f"{name}The image is over {most}: scale it down.") from None
-        except Exception:  # whatever a broken file makes Pillow raise
-            raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
-
-    def open_image(self, data: bytes) -> Image.Image:
-        """The header of a file, whose pixels can be decoded in little time."""
-        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda\0") + data.count(b"Exif\0\0") > MAX_JPEG_PARTS:
-            raise UnreadableError("a photo has about ten scans, each a pass over all pixels")
-        file = TimedFile(without_avif_exif(data))
-        image = Image.open(file, formats=FORMATS)
-        if image.width * image.height > self.max_pixels or max(image.size) > MAX_SIDE:
-            raise Image.DecompressionBombError  # as Pillow does, for twice as many
-        file.deadline += image.width * image.height / PIXELS_PER_SECOND
-        return image
-
-    def resize(self, image: Image.Image) -> Image.Image:
-        """The two resizes of the authors' code: their own, then that of the published image processor."""
-        width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-        first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
-        second = fitted_size(*first, min_tokens=256, max_tokens=self.max_image_tokens)
-        for size in (first, second):
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        return image
+    def cut(self, source: Source, token_ids: list[int]) -> list[int]:
+        """As many of the ids as are read. Raises `InputError` for a source that may not be cut."""
+        most = self.max_length
+        if source.max_tokens is not None and source.image is None:
+            most = min(most, source.max_tokens)
+        if len(token_ids) <= most:
+            return token_ids
+        if not source.may_cut:
+            is_longer = max(len(source.text), len(source.instruction)) > self.max_chars
+            count = f"{'at least ' if is_longer else ''}{len(token_ids)} tokens"
+            raise InputError(f"{source.name}The input has {count}, over {most}: shorten it, or allow it to be cut.")
+        TRUNCATED.inc()
+        return token_ids[:most]
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model

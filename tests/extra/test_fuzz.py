@@ -79,9 +79,9 @@ def seeds() -> Iterator[bytes]:
     exif[0x0112], exif[0x010F] = 6, "a camera"
     frames = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
     for image, kind, options in [
-        *((rgb, kind, {}) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")),
-        *((rgb, kind, {"exif": exif}) for kind in ("JPEG", "PNG", "WEBP", "AVIF")),
-        *((rgb, kind, frames) for kind in ("MPO", "PNG", "WEBP", "GIF", "AVIF")),
+        *((rgb, kind, {}) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP")),
+        *((rgb, kind, {"exif": exif}) for kind in ("JPEG", "PNG", "WEBP")),
+        *((rgb, kind, frames) for kind in ("MPO", "PNG", "WEBP", "GIF")),
         *((rgb.quantize(16), kind, {}) for kind in ("PNG", "GIF", "BMP")),
         *((rgb, "JPEG", {"progressive": True}), (rgb.convert("CMYK"), "JPEG", {}), (alpha, "WEBP", {"lossless": True})),
     ]:

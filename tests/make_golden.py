@@ -5,7 +5,8 @@ the cases whose numbers stand in `wide_cases.json`. AUTHORS is a folder with the
 which comes with the published model: it is run there, and is no part of this project.
 
 Needs an environment of its own, as their code works with no newer one: transformers==4.51.3, torch, Pillow, numpy. The
-committed vectors are from torch 2.13.0 and Pillow 13.0.0 on a CPU, in float32, one input at a time.
+committed vectors are from torch 2.13.0 and Pillow 13.0.0 on a CPU, in float32, one input at a time. Their code is given
+what a person sees of a picture: what is transparent lies on white, and 16-bit grey has its high byte.
 """
 
 import json
@@ -37,6 +38,17 @@ def publish(checkpoint: Path, out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 
+def open_as_seen(path: Path) -> Image.Image:
+    image = Image.open(path)
+    if image.mode == "I;16":
+        return Image.fromarray((np.array(image) // 256).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image.convert("RGBA"), mask=image.convert("RGBA").getchannel("A"))
+    return white
+
+
 def main(checkpoint: str, folder: Path, authors: str, prefix: str = "") -> None:
     sys.path.insert(0, authors)
     from modeling_gme_qwen2vl import GmeQwen2VL, GmeQwen2VLConfig
@@ -50,7 +62,7 @@ def main(checkpoint: str, folder: Path, authors: str, prefix: str = "") -> None:
         config = GmeQwen2VLConfig.from_pretrained(copy)
         model = GmeQwen2VL.from_pretrained(copy, config=config, torch_dtype=torch.float32, attn_implementation="sdpa")
         for case in cases:
-            image = Image.open(folder / "images" / case["image"]) if "image" in case else None
+            image = open_as_seen(folder / "images" / case["image"]) if "image" in case else None
             vectors.append(model.embed([case.get("text")], [image], instruction=case.get("prompt"))[0].numpy())
     np.save(folder / f"{prefix}vectors.npy", np.stack(vectors))
 

@@ -7,7 +7,9 @@ protected against, and what is left to others, stands at the top of section 6.
 
 import asyncio
 import base64
+import binascii
 import bisect
+import codecs
 import contextlib
 import difflib
 import functools
@@ -42,7 +44,7 @@ from fastapi_offline import FastAPIOffline
 from filelock import FileLock
 from PIL import Image, ImageOps
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator import Instrumentator, metrics
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -57,7 +59,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings
 from python_multipart import multipart
 from safetensors import SafetensorError, safe_open
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -102,7 +106,16 @@ class InputError(ServiceError, status=400, example="The request has 0 inputs: se
 class KeyRefusedError(ServiceError, status=401, example="No valid API key: send `Authorization: Bearer <key>`."): ...
 
 
+class NotFoundError(ServiceError, status=404, example="The model gpt-4 is not served."): ...
+
+
+class SlowBodyError(ServiceError, status=408, example="The body did not come in time: send it again, faster."): ...
+
+
 class TooLargeError(ServiceError, status=413, example="The request has 3000 inputs: send 1 to 2048."): ...
+
+
+class EncodingError(ServiceError, status=415, example="The body is encoded (gzip): send it as it is."): ...
 
 
 class MalformedError(ServiceError, status=422, example="prompt: Input should be a valid string."): ...
@@ -1790,124 +1803,103 @@ class Batcher:
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
-# Protected against here: a wrong key, before the body is read; the size of a body as it comes, and of all together;
-# JSON and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients, floods of
-# requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory. A refusal waits for what still comes.
+# Protected against here: a wrong key, before the body is read; the size of a body, and the time in which it comes; JSON
+# and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients by the hundred,
+# floods of requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
+PAGE = Path(__file__).with_name("gme_service.html")
+PAGE_POLICY = (  # what the page may load: its own script and style, pictures that are dropped on it, and this service
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+BODY_SECONDS = 600  # in which a whole body has to come
+BODY_IDLE_SECONDS = 30  # in which some of it has to come
+DROP_IDLE_SECONDS = 10  # the same, when it is refused already
+FORM_FIELDS = {"text", "prompt"}
 JSON_OBJECT = TypeAdapter(dict[str, Any])
-IGNORED = {"normalized": True, "embedding_type": "float", "truncate": True, "late_chunking": False, "prompt": ""}
-FORM_FIELDS = {b"text", b"prompt"}
-DATA_URI = re.compile(r"\s*data:(\w+/[^,]*|;[^,]*),", re.IGNORECASE)  # a text that begins "data: " does not match
-ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
-EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
+Body = TypeVar("Body", bound=BaseModel)
+BEARER = HTTPBearer(auto_error=False)
 
 
 class Texts(BaseModel, extra="forbid"):  # clients see these three docstrings, at the end of a MalformedError
     """Send a JSON object with `texts`, a list of strings, and if need be `prompt`."""
 
     texts: list[str] = Field(description="One embedding each.", examples=[["a red circle", "红色圆形"]], fail_fast=True)
-    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
+    prompt: str = Field("", description="Give one with queries, none with documents.")
 
 
 class ImageForm(BaseModel):  # for /docs and errors: `read_form` reads it
     """Send a multipart form in UTF-8: one or more `file` (curl: -F file=@photo.jpg), perhaps `text` and `prompt`."""
 
-    file: list[bytes] = Field(description="One or more image files: one embedding each.")
+    # Of a list alone, /docs would send the word "string".
+    file: bytes | list[bytes] = Field(description="Choose an image file. Several, each as `file`: one embedding each.")
     text: str = Field("", description="A text to fuse with each image.", examples=[""])
     prompt: str = Field("", description="Give one with queries, none with documents.", examples=[""])
 
 
-class OpenAIRequest(BaseModel, extra="forbid", json_schema_extra={"examples": [{"input": EXAMPLE}]}):
+# The fields of /v1/embeddings are of four kinds, and each stands in one place: those of `OpenAIRequest` say what to
+# embed, or change its vector and are served; those of READ_PAST cannot change a vector, and those of READ_PAST_AS not
+# with this value. Any other is refused by its name, so that nobody gets another vector than the one that was asked for.
+ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
+EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
+
+
+class OpenAIRequest(BaseModel, extra="forbid"):
     """Send what OpenAI's API has, an instruction as `prompt`, images as `input`: [{"image": "…", "text": "…"}]."""
 
-    input: Any = Field(description=f"One embedding each: {ITEM}, or a list of these.", examples=[EXAMPLE])
-    model: str = Field("", description="Any name: there is one model.")
-    encoding_format: Literal["float", "base64"] = "float"
+    input: Any = Field(
+        None, description=f"One embedding each: {ITEM}, content parts, or a list of these.", examples=[EXAMPLE]
+    )
+    messages: Any = Field(
+        None,
+        description="In place of `input`: a conversation of one turn, one embedding. Its system text is the prompt.",
+    )
+
+    prompt: str = Field("", description="Give one with queries, none with documents.")
+    input_type: str = Field("", description="A document (`passage`) has no prompt, a `query` that of GME_QUERY_PROMPT.")
+    task: str = Field("", description="The same: `retrieval.passage` or `retrieval.query`.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, strict=True, description="A text is cut at these, if they are fewer than GME_MAX_LENGTH; -1: none."
+    )
+    truncate: Literal[True, False, "END", "NONE"] = Field(
+        True, description='false or "NONE": a text that is too long is refused, and not cut.'
+    )
+    truncation: bool = Field(True, description="The same.")
     dimensions: int | None = Field(None, description="Only the model's own.")
-    user: str = Field("", description="Ignored.")
-    prompt: str = Field(DEFAULT_INSTRUCTION, description="Give one with queries, none with documents.")
+    output_dimension: int | None = Field(None, description="The same.")
+    encoding_format: Literal["float", "base64"] = "float"
 
 
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
+READ_PAST = {
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),  # OpenAI's
+    *("seed", "temperature", "top_p", "top_k", "min_p", "n", "stop", "logit_bias", "logprobs", "top_logprobs"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "continue_final_message"),  # of chats
+    *("request_id", "rid", "priority", "cache_salt", "drop_params", "timeout", "keep_alive"),  # of servers, gateways
+}
+READ_PAST_AS: dict[str, object] = {
+    "add_generation_prompt": True,
+    "add_special_tokens": True,
+    "embed_dtype": "float32",
+    "embedding_type": "float",
+    "embedding_types": ["float"],
+    "late_chunking": False,
+    "normalize": True,
+    "normalized": True,
+    "options": {},
+    "output_dtype": "float",
+    "return_multivector": False,
+    "stream": False,
+    "truncation_side": "right",
+}
+PART_READ_PAST = {"cache_control", "uuid"}  # of a content part
+ROLES = {"system", "user", "assistant"}
+MESSAGE_FIELDS = {"role", "content", "name"}
+DOCUMENT_KINDS = {"document", "image", "passage", "retrieval.passage", "retrieval_document", "search_document"}
+QUERY_KINDS = {"query", "retrieval.query", "retrieval_query", "search_query"}
 
 
-async def on_error(request: Request, error: Exception) -> Response:
-    ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
-    kind = "server_error" if ours.status >= 500 else "invalid_request_error"
-    return json_response({"detail": str(ours), "error": {"message": str(ours), "type": kind}}, ours.status, headers)
-
-
-class LimitBodies:
-    """ASGI middleware: bounds the body of each request as it comes, and the bodies of all together."""
-
-    def __init__(self, app: ASGIApp, max_body: float) -> None:
-        self.app = app
-        self.max_body = max_body  # bytes
-        self.open_bytes = 0  # received by all requests under way
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            size = len(message.get("body", b""))
-            received += size
-            self.open_bytes += size
-            if received > self.max_body:
-                raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
-            if self.open_bytes > 32 * self.max_body:
-                raise BusyError("Too much is being sent: try again in a moment.")
-            return message
-
-        try:
-            await self.app(scope, receive_counted, send)
-        finally:
-            self.open_bytes -= received
-
-
-class ReadBeforeAnswering:
-    """ASGI middleware: a client that still sends may not see an answer: what it sends is read first, and dropped.
-
-    Not when it waits for leave to send (`Expect`), nor more than `max_dropped` bytes.
-    """
-
-    def __init__(self, app: ASGIApp, max_dropped: float) -> None:
-        self.app = app
-        self.max_dropped = max_dropped
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        more = scope.get("method") == "POST" and b"expect" not in dict(scope["headers"])
-        dropped = 0
-
-        async def receive_watched() -> Message:
-            nonlocal more
-            message = await receive()
-            more = message.get("more_body", False)
-            return message
-
-        async def send_when_read(message: Message) -> None:
-            nonlocal dropped
-            while more and dropped < self.max_dropped:
-                dropped += len((await receive_watched()).get("body", b""))
-            await send(message)
-
-        await self.app(scope, receive_watched, send_when_read)
-
-
-class NameOtherMethods:
-    """ASGI middleware: a method becomes a label of the metrics, so that a client must not make up new ones."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in HTTPMethod.__members__:
-            scope = {**scope, "method": "OTHER"}
-        await self.app(scope, receive, send)
+# Reading JSON
 
 
 def has_too_many_values(body: bytes, most: int) -> bool:
@@ -1919,29 +1911,76 @@ def has_too_many_values(body: bytes, most: int) -> bool:
     return sum(map(len, outside_strings)) > most
 
 
-async def read_json(request: Request, kind: type[BaseModel], max_inputs: int) -> Any:
+HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"  # the first half without the second
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # the second without the first
+)
+
+
+def mend_half_pairs(body: bytes) -> bytes:
+    """Half a surrogate pair becomes U+FFFD, as in every browser. An escaped backslash is written in another way."""
+    return HALF_PAIR.sub(rb"\\ufffd", body.replace(rb"\\", rb"\u005c"))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises pydantic's `ValidationError`, or `UnicodeDecodeError` for what is not UTF-8."""
+    body = body.removeprefix(codecs.BOM_UTF8)
+    try:
+        return JSON_OBJECT.validate_json(body)
+    except ValidationError:
+        body.decode()
+        return JSON_OBJECT.validate_json(mend_half_pairs(body))
+
+
+def without_what_changes_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that can change a vector. Raises `MalformedError` for one whose value is not served."""
+    kept = {}
+    for name, value in fields.items():
+        if value is None or name in READ_PAST:
+            continue
+        if name not in READ_PAST_AS:
+            kept[name] = value
+        elif (type(value), value) != (type(READ_PAST_AS[name]), READ_PAST_AS[name]):
+            only = json.dumps(READ_PAST_AS[name])
+            raise MalformedError(f"{name}: only {only} is served.")
+    return kept
+
+
+def malformed(error: ValidationError, kind: type[BaseModel]) -> MalformedError:
+    """The first fault, in a sentence that names its place as it was sent; the first text is texts.1."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    steps = [str(step + 1 if isinstance(step, int) else step) for step in fault["loc"]]
+    place = ".".join(steps) or "body"
+    said = fault["msg"]
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place, kind.model_fields, n=1, cutoff=0.8)
+        meant = f": did you mean `{near[0]}`?" if near else "."
+        return MalformedError(f"{place[:50]}: this field is not served{meant} {kind.__doc__}")
+    return MalformedError(f"{place[:50]}: {said}. {kind.__doc__}")
+
+
+async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
     body = await request.body()
     if has_too_many_values(body, 64 * max_inputs + 100_000):
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        fields = JSON_OBJECT.validate_json(body)
-        return kind.model_validate({name: value for name, value in fields.items() if not changes_nothing(name, value)})
+        return kind.model_validate(without_what_changes_nothing(parse_object(body)))
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"body: byte {error.start + 1} is not UTF-8: send JSON in UTF-8.") from None
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        steps = [step + 1 if isinstance(step, int) else step for step in fault["loc"]]  # the first text is texts.1
-        place = ".".join(map(str, steps)) or "body"
-        raise MalformedError(f"{place[:50]}: {fault['msg']}. {kind.__doc__}") from None
+        raise malformed(error, kind) from None
 
 
-def changes_nothing(name: str, value: object) -> bool:
-    return value is None or IGNORED.get(name) == value
+# Reading a form
 
 
-async def read_form(request: Request, max_files: int) -> list[Source]:
-    """The images of a multipart form, which stays in memory. Raises `MalformedError` or `TooLargeError`."""
-    malformed = MalformedError(f"body: {ImageForm.__doc__}")
-    files: list[Any] = []
+async def parse_form(request: Request, max_files: int) -> tuple[list[multipart.File], list[multipart.Field]]:
+    """The files and the fields of a multipart form, in memory. Raises `MalformedError` or `TooLargeError`.
+
+    Starlette's own reader would take fields that are not UTF-8 as Latin-1, and files over 1 MB to the disk.
+    """
+    files: list[multipart.File] = []
     fields: list[multipart.Field] = []
     ended = False
 
@@ -1958,37 +1997,429 @@ async def read_form(request: Request, max_files: int) -> list[Source]:
             parser.write(chunk)
             if len(files) + len(fields) > max_files + len(FORM_FIELDS):
                 raise TooLargeError(f"The form has more than {max_files} files: send fewer.")
-        texts = {field.field_name: (field.value or b"").decode() for field in fields}
-    except ValueError:  # the parser's, or text that is not UTF-8
-        raise malformed from None
-    once_each = len(texts) == len(fields)
-    only_files = {file.field_name for file in files} == {b"file"}
-    if not (ended and once_each and only_files and texts.keys() <= FORM_FIELDS):
-        raise malformed
+    except ValueError:
+        raise MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}") from None
+    if not ended:
+        raise MalformedError(f"body: the form has no end. {ImageForm.__doc__}")
+    return files, fields
 
+
+def read_field(field: multipart.Field) -> tuple[str, str]:
+    """The name and the text of a form's field. Raises `MalformedError`."""
+    name = (field.field_name or b"").decode(errors="replace")[:50]
+    if name == "file":
+        reason = "this part has no `filename`, which makes it a file (`filename*` is not read)"
+        raise MalformedError(f"file: {reason}. {ImageForm.__doc__}")
+    if name not in FORM_FIELDS:
+        raise MalformedError(f"{name}: this field is not served. {ImageForm.__doc__}")
+    try:
+        return name, (field.value or b"").decode()
+    except UnicodeDecodeError:
+        raise MalformedError(f"{name}: this is not UTF-8. {ImageForm.__doc__}") from None
+
+
+def read_file(file: multipart.File) -> tuple[str, bytes]:
+    """The name and the bytes of a form's file. Raises `MalformedError`."""
+    field_name = (file.field_name or b"").decode(errors="replace")[:50]
+    if field_name != "file":
+        raise MalformedError(f"{field_name}: this part is a file, and files are called `file`. {ImageForm.__doc__}")
+    file_object: Any = file.file_object
+    return (file.file_name or b"").decode(errors="replace")[:50], file_object.getvalue()
+
+
+async def read_form(request: Request, max_files: int) -> list[Source]:
+    """The images of a multipart form. Raises `MalformedError` or `TooLargeError`."""
+    files, fields = await parse_form(request, max_files)
+    texts: dict[str, str] = {}
+    for name, text in map(read_field, fields):
+        if name in texts:
+            raise MalformedError(f"{name}: there are two of it. {ImageForm.__doc__}")
+        texts[name] = text
+    if not files:
+        raise MalformedError(f"file: there is none. {ImageForm.__doc__}")
+    text = texts.get("text", "")
+    prompt = texts.get("prompt") or DEFAULT_INSTRUCTION
     sources = []
-    for number, file in enumerate(files, start=1):
-        name = f"File {number} ({file.file_name.decode(errors='replace')[:50]}): "
-        prompt = texts.get(b"prompt") or DEFAULT_INSTRUCTION
-        sources.append(Source(texts.get(b"text", ""), file.file_object.getvalue(), prompt, name))
+    for number, (file_name, data) in enumerate(map(read_file, files), start=1):
+        sources.append(Source(text, data, prompt, f"File {number} ({file_name}): "))
     return sources
 
 
-def read_item(item: Any, name: str, instruction: str) -> Source:
-    """An item of OpenAI's `input`. Raises `InputError`."""
-    if isinstance(item, str):
-        item = {"image" if DATA_URI.match(item) else "text": item}
-    given = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
+# Reading what to embed from OpenAI's body. `name` is "Input 3: ", with which an error about the item begins.
+Content = tuple[str, bytes | None]  # a text, an image file's bytes, or both
+DATA_URI = re.compile(r'\s*data:(?P<media>\w+/[^,;]*)?(?P<parameters>;(?:[^,"]|"[^"]*+")*+)?,', re.IGNORECASE)
+BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
+MESSAGES = "messages: send one `user` message, before it a `system` text if need be"
+
+
+def is_image(text: str) -> bool:
+    """Whether a string is a data URI in base64, or one of an image."""
+    uri = DATA_URI.match(text)
+    if uri is None:
+        return False
+    is_base64 = BASE64.search(uri["parameters"] or "")
+    return bool(is_base64) or (uri["media"] or "").lower().startswith("image/")
+
+
+def decode_base64(encoded: str) -> bytes:
+    """Base64 as browsers read it: white space, no padding, percent-encoding. Raises `ValueError`."""
+    characters = encoded.encode().translate(None, b" \t\n\f\r")
+    if b"%" in characters:
+        # Quoted-printable is the same with another mark, and its decoder takes no seconds for 32 MB of it.
+        quoted = characters.replace(b"=", b"=3D").replace(b"%", b"=")
+        characters = binascii.a2b_qp(quoted).translate(None, b" \t\n\f\r")
+    return base64.b64decode(characters + b"=" * (-len(characters) % 4), validate=True)
+
+
+def read_image(value: object, name: str) -> bytes:
+    """The bytes of an image in base64, or in a data URI. Raises `InputError`."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}image: send a string, which is base64 or a data URI.")
+    if re.match(r"\s*(?!data:)[a-z][a-z0-9+.-]*:", value, re.IGNORECASE):
+        raise InputError(f"{name}image: no URL is fetched: send the image itself, as base64 or a data URI.")
+    uri = DATA_URI.match(value)
+    media = (uri["media"] or "").strip()[:50] if uri else ""
+    if media.lower().startswith(("audio/", "video/")):
+        raise InputError(f"{name}image: {media} is not served, but images are.")
     try:
-        if not given or given.keys() - {"text", "image"} or not all(isinstance(x, str) for x in given.values()):
-            raise ValueError
-        if "image" in given:  # of a data URI, what follows its comma
-            encoded = given["image"].rpartition(",")[2].encode().translate(None, b" \t\r\n")
-            given["image"] = base64.b64decode(encoded, validate=True)
-        return Source(**given, instruction=instruction, name=name)
+        return decode_base64(value.rpartition(",")[2] if uri else value)
     except ValueError:
-        hint = "no URL is fetched, and no token ids are read (in LangChain: check_embedding_ctx_length=False)"
-        raise InputError(f"{name}send {ITEM}; {hint}.") from None
+        raise InputError(
+            f"{name}image: this is not base64: send a whole file in base64, or a data URI of it."
+        ) from None
+
+
+def check_fields(given: Iterable[str], known: set[str], name: str) -> None:
+    """Raises `InputError` with the first field that is not known."""
+    for key in given:
+        if key not in known:
+            raise InputError(f"{name}{key[:50]}: this field is not served here: send {ITEM}.")
+
+
+def read_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name}text: send a string.")
+    return value
+
+
+def read_part(part: object, name: str) -> Content:
+    """One content part: `{"type": "text", "text": …}` or `{"type": "image_url", "image_url": {"url": …}}`."""
+    given = {field: value for field, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    kind = given.get("type")
+    if kind not in ("text", "image_url"):
+        raise InputError(f"{name}{str(kind)[:50]}: a content part is of the type `text` or `image_url`.")
+    check_fields(given, {"type", kind, *PART_READ_PAST}, name)
+    value = given.get(kind)
+    if kind == "text":
+        return read_text(value, name), None
+    if isinstance(value, dict):
+        check_fields(value, {"url", "detail"}, name)
+        value = value.get("url")
+    if value is None:
+        raise InputError(f'{name}image_url: send {{"url": …}}, with a data URI.')
+    return "", read_image(value, name)
+
+
+def read_parts(parts: Sequence[object], name: str) -> Content:
+    """Content parts of one item: texts, which are joined by line breaks, and at most one image. Raises `InputError`."""
+    texts: list[str] = []
+    image: bytes | None = None
+    for part in parts:
+        text, data = read_part(part, name)
+        if text:
+            texts.append(text)
+        if data is not None and image is not None:
+            raise InputError(f"{name}image_url: these are two images: send one for each embedding.")
+        if data is not None:
+            image = data
+    if not parts:
+        raise InputError(f"{name}content: this is empty: send a text, an image, or both.")
+    return "\n".join(texts), image
+
+
+def read_content(content: object, name: str) -> Content:
+    """A string, or a list of content parts. Raises `InputError`."""
+    if isinstance(content, list):
+        return read_parts(content, name)
+    if isinstance(content, str):
+        return read_item(content, name)
+    raise InputError(f"{name}content: send a string, or a list of content parts.")
+
+
+def read_item(item: object, name: str) -> Content:
+    """An item of `input`. Raises `InputError`."""
+    if isinstance(item, str):
+        return ("", read_image(item, name)) if is_image(item) else (item, None)
+    first = item[0] if isinstance(item, list) and item else item
+    if isinstance(first, int) and not isinstance(first, bool):
+        raise InputError(f"{name}send a text, as no token ids are read (LangChain: check_embedding_ctx_length=False).")
+    given = {field: value for field, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    if "type" in given:
+        return read_part(given, name)
+    if "content" in given:
+        check_fields(given, {"content"}, name)
+        return read_content(given["content"], name)
+    check_fields(given, {"text", "image"}, name)
+    if not given:
+        raise InputError(f"{name}send {ITEM}.")
+    text = read_text(given.get("text", ""), name)
+    return text, read_image(given["image"], name) if "image" in given else None
+
+
+def has_text(content: object) -> bool:
+    """Whether there is anything but empty texts in the content of a message."""
+    if isinstance(content, list):
+        return any(has_text(part.get("text", part) if isinstance(part, dict) else part) for part in content)
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
+def read_message(message: Mapping[str, object]) -> tuple[str, object]:
+    """Role and content. Raises `MalformedError` for another role, and for a field that could change the vector."""
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise MalformedError(f"{MESSAGES}; the role {str(role)[:50]} is not served.")
+    for key, value in message.items():
+        if value is not None and key not in MESSAGE_FIELDS:
+            raise MalformedError(f"{MESSAGES}; the field {key[:50]} is not served.")
+    return role, message.get("content")
+
+
+def read_system(content: object) -> str:
+    """The text of a system message. Raises `InputError`."""
+    if isinstance(content, str):
+        return content
+    text, image = read_content(content, "messages: system: ")
+    if image is not None:
+        raise InputError("messages: system: image_url: a `system` message is a text.")
+    return text
+
+
+def read_messages(messages: object) -> tuple[str, Content]:
+    """The system's text and the user's content. Raises `InputError`, or `MalformedError` for more than one turn."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise MalformedError(f"{MESSAGES}, each an object with `role` and `content`.")
+    turns = [read_message(message) for message in messages]
+    if turns and turns[-1][0] == "assistant" and not has_text(turns[-1][1]):
+        turns.pop()  # the beginning of an answer, in which there is nothing yet
+    roles = [role for role, _ in turns]
+    if "assistant" in roles:
+        raise MalformedError(f"{MESSAGES}; an `assistant` message is read past at the end, without text.")
+    if roles not in (["user"], ["system", "user"]):
+        raise MalformedError(f"{MESSAGES}, and no more: one conversation has one embedding.")
+    system_text = read_system(turns[0][1]) if roles[0] == "system" else ""
+    return system_text, read_content(turns[-1][1], "messages: ")
+
+
+def find_query_field(request: OpenAIRequest) -> str:
+    """The field that says that the inputs are queries, or "". Raises `MalformedError` for other tasks."""
+    kinds = {name: value for name in ("input_type", "task") if (value := getattr(request, name).lower())}
+    for name, kind in kinds.items():
+        if kind not in DOCUMENT_KINDS | QUERY_KINDS:
+            advice = "a document kind (`passage`), a query kind (`query`), or an instruction as `prompt`"
+            raise MalformedError(f"{name}: {kind[:50]} is not served: send {advice}.")
+    of_queries = [name for name, kind in kinds.items() if kind in QUERY_KINDS]
+    if of_queries and len(of_queries) < len(kinds):
+        raise MalformedError("task: it contradicts `input_type`: send one of them.")
+    return of_queries[0] if of_queries else ""
+
+
+def choose_instruction(request: OpenAIRequest, system_text: str, query_prompt: str | None) -> str:
+    """What the request says, else what `input_type` or `task` means. Raises `InputError` or `MalformedError`."""
+    query_field = find_query_field(request)
+    if request.prompt and system_text:
+        raise MalformedError("prompt: the `system` message is the prompt too: send one of them.")
+    if request.prompt or system_text:
+        return request.prompt or system_text
+    if not query_field:
+        return DEFAULT_INSTRUCTION
+    if query_prompt is None:
+        advice = "send `prompt`, or set GME_QUERY_PROMPT where the service starts"
+        raise InputError(f"{query_field}: a query needs a prompt: {advice}.")
+    return query_prompt
+
+
+def read_sources(request: OpenAIRequest, query_prompt: str | None) -> list[Source]:
+    """What to embed. Raises `InputError` or `MalformedError`."""
+    if request.input is None and request.messages is None:
+        raise MalformedError(f"input: this is missing. {OpenAIRequest.__doc__}")
+    if request.input is not None and request.messages is not None:
+        raise MalformedError("messages: send `input`, or `messages` in its place, and not both.")
+    system_text = ""
+    if request.messages is not None:
+        system_text, content = read_messages(request.messages)
+        named = [("messages: ", content)]
+    else:
+        items = request.input if isinstance(request.input, list) else [request.input]
+        names = [f"Input {number}: " for number in range(1, len(items) + 1)]
+        named = [(name, read_item(item, name)) for name, item in zip(names, items, strict=True)]
+    instruction = choose_instruction(request, system_text, query_prompt)
+    if request.truncate_prompt_tokens == 0:
+        raise MalformedError("truncate_prompt_tokens: 0 leaves nothing: send at least 1, or -1 for no cut of your own.")
+    max_tokens = None if request.truncate_prompt_tokens == -1 else request.truncate_prompt_tokens
+    may_cut = request.truncate in (True, "END") and request.truncation
+    return [Source(text, image, instruction, name, max_tokens, may_cut) for name, (text, image) in named]
+
+
+# Answers
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
+
+
+def error_response(sentence: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return json_response({"detail": sentence, "error": {"message": sentence, "type": kind}}, status, headers)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
+    return error_response(str(ours), ours.status, headers)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette's router refuses: a route or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    sentences = {404: f"There is no {request.url.path[:100]} here: /docs shows what there is."}
+    allowed = (error.headers or {}).get("Allow")
+    sentences[405] = f"{request.method[:20]} is not served here: use {allowed}."
+    return error_response(sentences.get(error.status_code, error.detail), error.status_code, error.headers)
+
+
+def name_other_methods(info: metrics.Info) -> None:
+    """A method becomes a label of the metrics, so that a client must not make up new ones."""
+    if info.method not in HTTPMethod.__members__:
+        info.method = "OTHER"
+
+
+# ASGI middlewares, each with one question, in the order in which a request meets them
+
+
+class NormalizePath:
+    """Slashes at the end or in a row: the route is the same, and no redirect is needed, which proxies would bend."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and ("//" in scope["path"] or scope["path"].endswith("/")):
+            root = scope.get("root_path", "")
+            path = re.sub("/+", "/", scope["path"].removeprefix(root)).rstrip("/") or "/"
+            scope = {**scope, "path": root + path}
+        await self.app(scope, receive, send)
+
+
+class LimitBodyTime:
+    """How long may a body take to come? `max_seconds` for all of it, `max_idle` for the next piece."""
+
+    def __init__(self, app: ASGIApp, max_seconds: float, max_idle: float) -> None:
+        self.app = app
+        self.max_seconds = max_seconds
+        self.max_idle = max_idle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.max_seconds
+        more = True
+
+        async def receive_in_time() -> Message:
+            nonlocal more, end
+            if not more:
+                return await receive()  # the end of the connection, for as long as the client waits
+            try:
+                async with asyncio.timeout_at(min(clock() + self.max_idle, end)):
+                    message = await receive()
+            except TimeoutError:
+                end = clock()  # who reads on is not to wait again
+                raise SlowBodyError(SlowBodyError.example) from None
+            more = message.get("more_body", False)
+            return message
+
+        await self.app(scope, receive_in_time if scope["type"] == "http" else receive, send)
+
+
+class ReadBeforeAnswering:
+    """Does the client still send? Then it may not see an answer: what it sends is read first, and dropped.
+
+    Not when it waits for leave to send (`Expect`), nor more than `max_dropped` bytes, nor after `max_idle` seconds
+    without one. What was not read ends the connection.
+    """
+
+    def __init__(self, app: ASGIApp, max_dropped: float, max_idle: float) -> None:
+        self.app = app
+        self.max_dropped = max_dropped
+        self.max_idle = max_idle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        more = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        waiting: list[Message] = []
+
+        async def receive_watched() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
+
+        async def send_when_read(message: Message) -> None:
+            if more:
+                waiting.append(message)
+            else:
+                await send(message)
+
+        await self.app(scope, receive_watched, send_when_read)  # when it has returned, it keeps nothing of the body
+        dropped = 0
+        with contextlib.suppress(TimeoutError, SlowBodyError):
+            while waiting and more and dropped < self.max_dropped and b"expect" not in headers:
+                async with asyncio.timeout(self.max_idle):
+                    dropped += len((await receive_watched()).get("body", b""))
+        for message in waiting:
+            if more and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+
+class LimitBodies:
+    """Is the body too large? As it comes, or as its length is declared; in the route, so that the key comes first."""
+
+    def __init__(self, app: ASGIApp, max_body: float) -> None:
+        self.app = app
+        self.max_body = max_body  # bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+        declared = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive() if declared <= self.max_body else {}
+            received += len(message.get("body", b""))
+            if max(received, declared) > self.max_body:
+                raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
+            return message
+
+        await self.app(scope, receive_counted, send)
+
+
+class AnswerHead:
+    """Is it HEAD? Then the answer is GET's, without its body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
+# Routes
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
@@ -2010,85 +2441,195 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
     return embeddings, tokens
 
 
-def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
-    """The routes over a batcher. Of `model` they read device, dtype and dimension."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
-    Gauge("gme_info", "The model and the service.", list(state)).labels(**state).set(1)
-    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(lambda: len(batcher))
-    about = {"title": "GME Service", "version": __version__, "description": f"Embeddings by `{settings.model_id}`."}
-    handlers: Any = {ServiceError: on_error, Exception: on_error, ClientDisconnect: lambda *_: Response("", 499)}
-    app = FastAPIOffline(lifespan=lambda _: batcher.running(), exception_handlers=handlers, redoc_url=None, **about)
-    most, bearer = min(settings.max_inputs, settings.max_queue), HTTPBearer(auto_error=False)
+async def check_encoding(request: Request) -> None:
+    encodings = request.headers.get("content-encoding", "").lower()
+    if any(encoding.strip() not in ("", "identity") for encoding in encodings.split(",")):
+        raise EncodingError(f"The body is encoded ({encodings[:50]}): send it as it is, without Content-Encoding.")
 
-    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        key = str(settings.api_key).encode()
+
+class Api:
+    """The routes over a batcher. Of `model` they read device, dtype and dimension."""
+
+    def __init__(self, settings: Settings, batcher: Batcher, model: Model) -> None:
+        self.settings = settings
+        self.batcher = batcher
+        self.dimension = model.dimension
+        self.max_inputs = min(settings.max_inputs, settings.max_queue)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
+
+    def queue_depth(self) -> int:
+        return len(self.batcher)
+
+    async def check_key(self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+        key = str(self.settings.api_key).encode()
         if given is None or not secrets.compare_digest(given.credentials.encode("latin-1"), key):
             raise KeyRefusedError(KeyRefusedError.example)
 
-    def example(answer: object) -> dict[str, Any]:
-        return {"content": {"application/json": {"example": answer}}}
+    async def embed_text(self, request: Request) -> Response:
+        """One embedding per text, in their order."""
+        body = await read_json(request, Texts, self.max_inputs)
+        prompt = body.prompt or DEFAULT_INSTRUCTION
+        sources = [Source(text, None, prompt, f"Input {number}: ") for number, text in enumerate(body.texts, start=1)]
+        embeddings, _ = await embed(request, self.batcher, sources, self.max_inputs)
+        return json_response({"embeddings": embeddings})
 
-    kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
-    errors: dict[int | str, Any] = {kind.status: example({"detail": kind.example}) for kind in kinds}
-    guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": [Depends(check_key)] if settings.api_key else []}
+    async def embed_image(self, request: Request) -> Response:
+        """One embedding per file, in their order: of the image alone, or of image and text together."""
+        sources = await read_form(request, self.max_inputs)
+        embeddings, _ = await embed(request, self.batcher, sources, self.max_inputs)
+        return json_response({"embeddings": embeddings})
 
-    def post(path: str, body: type[BaseModel], answer: object, media: str = "application/json") -> Callable[..., Any]:
-        described = {"required": True, "content": {media: {"schema": body.model_json_schema()}}}
-        responses = {200: example(answer)} | errors
-        return app.post(path, **guarded, responses=responses, openapi_extra={"requestBody": described})
+    async def openai_embeddings(self, request: Request) -> Response:
+        """OpenAI's list object, with one embedding per input in their order."""
+        body = await read_json(request, OpenAIRequest, self.max_inputs)
+        for name in ("dimensions", "output_dimension"):
+            if getattr(body, name) not in (None, self.dimension):
+                raise InputError(f"{name} can only be {self.dimension}: this model was not trained to be cut.")
+        sources = read_sources(body, self.settings.query_prompt)
+        embeddings, tokens = await embed(request, self.batcher, sources, self.max_inputs)
+        if body.encoding_format == "base64":
+            return json_response(self.openai_list([base64.b64encode(one).decode() for one in embeddings], tokens))
+        return json_response(self.openai_list(embeddings, tokens))
 
-    def openai_list(embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
+    def openai_list(self, embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
         data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": settings.model_id, "usage": usage}
+        return {"object": "list", "data": data, "model": self.settings.model_id, "usage": usage}
 
-    vectors = [[0.0134, -0.0127, 0.0451]]
-    healthy = {"status": "ok", **state, "dimension": model.dimension, "queue_depth": 0}
-    entry = {"id": settings.model_id, "object": "model", "created": 0, "owned_by": settings.model_id.split("/")[0]}
-    models = {"object": "list", "data": [entry | {"dimension": model.dimension, "max_length": settings.max_length}]}
-
-    @post("/embed/text", Texts, {"embeddings": vectors})
-    async def embed_text(request: Request) -> Response:
-        """One embedding per text, in their order."""
-        body = await read_json(request, Texts, most)
-        sources = [Source(text, None, body.prompt, f"Input {number}: ") for number, text in enumerate(body.texts, 1)]
-        return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
-
-    @post("/embed/image", ImageForm, {"embeddings": vectors}, "multipart/form-data")
-    async def embed_image(request: Request) -> Response:
-        """One embedding per file, in their order: of the image alone, or of image and text together."""
-        sources = await read_form(request, most)
-        return json_response({"embeddings": (await embed(request, batcher, sources, most))[0]})
-
-    @post("/v1/embeddings", OpenAIRequest, openai_list(vectors, 25))
-    async def openai_embeddings(request: Request) -> Response:
-        """OpenAI's list object, with one embedding per input in their order."""
-        body = await read_json(request, OpenAIRequest, most)
-        if body.dimensions not in (None, model.dimension):
-            raise InputError(f"dimensions can only be {model.dimension}: this model was not trained to be cut.")
-        items = body.input if isinstance(body.input, list) else [body.input]
-        sources = [read_item(item, f"Input {number}: ", body.prompt) for number, item in enumerate(items, start=1)]
-        embeddings, tokens = await embed(request, batcher, sources, most)
-        in_base64 = (base64.b64encode(one).decode() for one in embeddings)
-        return json_response(openai_list(in_base64 if body.encoding_format == "base64" else embeddings, tokens))
-
-    @app.get("/v1/models", **guarded, responses={200: example(models), 401: errors[401]})
-    async def openai_models() -> Response:
+    async def openai_models(self) -> Response:
         """OpenAI's list of models: the one there is."""
-        return json_response(models)
+        return json_response({"object": "list", "data": [self.model_entry()]})
 
-    @app.get("/health", tags=["State"], responses={200: example(healthy)})
-    async def health() -> Response:
+    async def openai_model(self, model_id: str) -> Response:
+        """OpenAI's entry of a model, for the one there is."""
+        if model_id != self.settings.model_id:
+            raise NotFoundError(f"The model {model_id[:100]} is not served, but {self.settings.model_id} is.")
+        return json_response(self.model_entry())
+
+    def model_entry(self) -> dict[str, Any]:
+        model_id = self.settings.model_id
+        entry = {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/")[0]}
+        return entry | {"dimension": self.dimension, "max_length": self.settings.max_length}
+
+    async def health(self) -> Response:
         """Which model runs, where, and how much waits for it."""
-        return json_response(healthy | {"queue_depth": len(batcher)})
+        return json_response(self.health_entry() | {"queue_depth": self.queue_depth()})
 
-    instrumentator = Instrumentator(should_group_status_codes=False)
-    instrumentator.instrument(app, latency_lowr_buckets=SECONDS).expose(app, tags=["State"])
+    def health_entry(self) -> dict[str, Any]:
+        return {"status": "ok", **self.state, "dimension": self.dimension, "queue_depth": 0}
+
+    async def page(self) -> Response:
+        """The page that compares pictures with sentences."""
+        if not PAGE.is_file():
+            raise NotFoundError(f"The page {PAGE.name} does not lie beside gme_service.py: /docs shows what there is.")
+        return FileResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+# What /docs says of them
+
+
+def example(answer: object) -> dict[str, Any]:
+    return {"content": {"application/json": {"example": answer}}}
+
+
+def describe_errors(*statuses: int) -> dict[int | str, Any]:
+    kinds: list[type[ServiceError]] = [ServiceError, *ServiceError.__subclasses__()]
+    return {kind.status: example({"detail": kind.example}) for kind in kinds if kind.status in statuses}
+
+
+def describe_post(body: Mapping[str, Any], answer: object, media: str = "application/json") -> dict[str, Any]:
+    described = {"required": True, "content": {media: {"schema": body}}}
+    responses = {200: example(answer)} | describe_errors(400, 401, 408, 413, 415, 422, 500, 503)
+    return {
+        "methods": ["POST"],
+        "tags": ["Embeddings"],
+        "responses": responses,
+        "openapi_extra": {"requestBody": described},
+    }
+
+
+def openai_schema() -> dict[str, Any]:
+    """`OpenAIRequest`, and after its fields those that are read past."""
+    schema = OpenAIRequest.model_json_schema()
+    schema["properties"] |= {name: {"description": "Read past."} for name in sorted(READ_PAST)}
+    schema["properties"] |= {
+        name: {"const": value, "description": "Read past."} for name, value in READ_PAST_AS.items()
+    }
+    return schema | {"examples": [{"input": EXAMPLE}]}
+
+
+def openai_description() -> str:
+    """The four kinds of fields, for a person."""
+    says_what = ["input", "messages"]
+    served = [name for name in OpenAIRequest.model_fields if name not in says_what]
+    fixed = [f"{name}: {json.dumps(value)}" for name, value in READ_PAST_AS.items()]
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    return "\n".join(
+        [
+            "OpenAI's list object, with one embedding per input in their order. Its fields are of four kinds:\n",
+            f"- They say what to embed: {listed(says_what)}, one of the two.",
+            f"- They change what comes, and are served: {listed(served)}.",
+            f"- They cannot change a vector, and are read past: {listed(sorted(READ_PAST))}, and null in any field;",
+            f"  {listed(fixed)}.",
+            "- All others are refused by their name.",
+        ]
+    )
+
+
+def add_routes(app: FastAPI, api: Api) -> None:
+    key = [Depends(api.check_key)] if api.settings.api_key else []
+    vectors = [[0.0134, -0.0127, 0.0451]]
+    texts = describe_post(Texts.model_json_schema(), {"embeddings": vectors})
+    images = describe_post(ImageForm.model_json_schema(), {"embeddings": vectors}, "multipart/form-data")
+    openai = describe_post(openai_schema(), api.openai_list(vectors, 25)) | {"description": openai_description()}
+    for path, route, described in (
+        ("/embed/text", api.embed_text, texts),
+        ("/embed/image", api.embed_image, images),
+        ("/v1/embeddings", api.openai_embeddings, openai),
+    ):
+        app.add_api_route(path, route, dependencies=[*key, Depends(check_encoding)], **described)
+    guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key}
+    models = {200: example({"object": "list", "data": [api.model_entry()]})} | describe_errors(401)
+    model = {200: example(api.model_entry())} | describe_errors(401, 404)
+    app.add_api_route("/v1/models", api.openai_models, responses=models, **guarded)
+    app.add_api_route("/v1/models/{model_id:path}", api.openai_model, responses=model, **guarded)
+    app.add_api_route("/health", api.health, tags=["State"], responses={200: example(api.health_entry())})
+    app.add_api_route("/", api.page, include_in_schema=False)
+
+
+def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
+    """The service over a batcher. Of `model` it reads device, dtype and dimension."""
+    api = Api(settings, batcher, model)
+    Gauge("gme_info", "The model and the service.", list(api.state)).labels(**api.state).set(1)
+    Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(api.queue_depth)
+    app = FastAPIOffline(
+        title="GME Service",
+        version=__version__,
+        description=f"Embeddings by `{settings.model_id}`.",
+        lifespan=lambda _: batcher.running(),
+        exception_handlers={
+            ServiceError: on_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: lambda *_: Response("", 499),
+            Exception: on_error,
+        },
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    add_routes(app, api)
     max_body = settings.max_body_mb * 2**20
+    app.add_middleware(AnswerHead)  # the last that a request meets; the first is at the end
     app.add_middleware(LimitBodies, max_body=max_body)
-    app.add_middleware(ReadBeforeAnswering, max_dropped=8 * max_body)
-    app.add_middleware(NameOtherMethods)  # the last is the first that a request meets
+    app.add_middleware(ReadBeforeAnswering, max_dropped=8 * max_body, max_idle=DROP_IDLE_SECONDS)
+    app.add_middleware(LimitBodyTime, max_seconds=BODY_SECONDS, max_idle=BODY_IDLE_SECONDS)
+    instrumentator = Instrumentator(should_group_status_codes=False)
+    instrumentator.add(name_other_methods, metrics.default(latency_lowr_buckets=SECONDS))
+    instrumentator.instrument(app).expose(app, tags=["State"])
+    app.add_middleware(NormalizePath)
     return app
 
 

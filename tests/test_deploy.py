@@ -88,3 +88,20 @@ def test_nginx_passes_requests_and_refuses_large_ones_as_the_service_does(nginx:
     refused = nginx.post("/embed/text", content=large)
     assert refused.status_code == 413
     assert "too large" in refused.json()["detail"]
+
+
+def test_nginx_keeps_the_port_and_slashes_need_no_redirect(nginx: httpx.Client) -> None:
+    for path in ("/v1/embeddings/", "/v1//embeddings"):
+        assert nginx.post(path, json={"input": ["a red circle"]}).status_code == 200
+    assert "proxy_set_header Host $http_host;" in (DEPLOY / "nginx.conf").read_text()
+    assert nginx.head("/health").status_code == 200
+
+
+def test_nginx_answers_questions_about_metrics_from_its_own_machine_only(nginx: httpx.Client) -> None:
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2", retries=5)
+    with httpx.Client(base_url=nginx.base_url, transport=elsewhere) as stranger:
+        for path in ("/metrics", "/metrics/", "/metrics//", "/v1/../metrics", "/%2Fmetrics"):
+            assert stranger.get(path).status_code == 403, path
+            assert nginx.get(path).status_code == 200, path
+        assert stranger.get("/metrics").json().keys() == {"detail", "error"}
+        assert stranger.get("/health").status_code == 200

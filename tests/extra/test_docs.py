@@ -75,6 +75,20 @@ def test_an_image_is_uploaded_through_the_file_chooser(page: playwright.Page, se
     assert (answer.status, answer.json()) == (200, alone)
 
 
+def test_an_upload_without_a_file_is_not_sent_and_the_page_shows_how_to_choose_one(
+    page: playwright.Page, server: Server
+) -> None:
+    page.goto(f"{server.url}/docs")
+    block = opened(page, "/embed/image")
+    sent = []
+    page.on("request", lambda request: sent.append(request.url))
+    block.get_by_role("button", name="Execute").click()
+    page.wait_for_timeout(500)
+    assert sent == []
+    playwright.expect(block.locator("input[type=file]")).to_be_visible()
+    playwright.expect(block).to_contain_text("Choose an image file")
+
+
 def test_the_authorize_button_sends_the_key(page: playwright.Page, tmp_path: Path) -> None:
     with serve(tmp_path / "log", GME_API_KEY="secret") as guarded:
         page.goto(f"{guarded.url}/docs")

@@ -1,6 +1,7 @@
 """Room Model: the vectors are those of the authors' own code, whatever shares a batch, or there are none."""
 
 import json
+import math
 import platform
 import random
 import shutil
@@ -121,6 +122,20 @@ def test_a_missing_and_a_misshapen_weight_are_named(tmp_path: Path, name: str, m
     with pytest.raises(gme.StartError) as stop:
         gme.Model(checkpoint, gme.Config.read(checkpoint), CPU, torch.float32).check(prepare(PROBES))
     assert name in str(stop.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_blamed_and_not_torch(tmp_path: Path, value: float) -> None:
+    directory = Path(shutil.copytree(TOY, tmp_path / "toy" / "shapes"))
+    for path in directory.glob("*.safetensors"):
+        weights = load_file(path)
+        if "model.norm.weight" in weights:
+            weights["model.norm.weight"][0] = value
+            save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(gme.StartError) as stop:
+        gme.load(gme.Settings(model_dir=tmp_path))
+    assert "weights" in str(stop.value)
+    assert "requirements" not in str(stop.value)
 
 
 # ---------------------------------------------------------------------------------------------- the probe at start

@@ -1902,6 +1902,13 @@ QUERY_KINDS = {"query", "retrieval.query", "retrieval_query", "search_query"}
 # Reading JSON
 
 
+def check_encoding(request: Request) -> None:
+    """Raises `EncodingError` for a body that is compressed."""
+    encodings = request.headers.get("content-encoding", "").lower()
+    if any(encoding.strip() not in ("", "identity") for encoding in encodings.split(",")):
+        raise EncodingError(f"The body is encoded ({encodings[:50]}): send it as it is, without Content-Encoding.")
+
+
 def has_too_many_values(body: bytes, most: int) -> bool:
     """Whether JSON has over `most` quotes, or bytes outside its strings: a parser takes seconds for 32 MB of these."""
     unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
@@ -1961,6 +1968,7 @@ def malformed(error: ValidationError, kind: type[BaseModel]) -> MalformedError:
 
 async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body:
     """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
+    check_encoding(request)
     body = await request.body()
     if has_too_many_values(body, 64 * max_inputs + 100_000):
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
@@ -1980,6 +1988,7 @@ async def parse_form(request: Request, max_files: int) -> tuple[list[multipart.F
 
     Starlette's own reader would take fields that are not UTF-8 as Latin-1, and files over 1 MB to the disk.
     """
+    check_encoding(request)
     files: list[multipart.File] = []
     fields: list[multipart.Field] = []
     ended = False
@@ -2441,12 +2450,6 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
     return embeddings, tokens
 
 
-async def check_encoding(request: Request) -> None:
-    encodings = request.headers.get("content-encoding", "").lower()
-    if any(encoding.strip() not in ("", "identity") for encoding in encodings.split(",")):
-        raise EncodingError(f"The body is encoded ({encodings[:50]}): send it as it is, without Content-Encoding.")
-
-
 class Api:
     """The routes over a batcher. Of `model` they read device, dtype and dimension."""
 
@@ -2591,7 +2594,7 @@ def add_routes(app: FastAPI, api: Api) -> None:
         ("/embed/image", api.embed_image, images),
         ("/v1/embeddings", api.openai_embeddings, openai),
     ):
-        app.add_api_route(path, route, dependencies=[*key, Depends(check_encoding)], **described)
+        app.add_api_route(path, route, dependencies=key, **described)
     guarded: dict[str, Any] = {"tags": ["Embeddings"], "dependencies": key}
     models = {200: example({"object": "list", "data": [api.model_entry()]})} | describe_errors(401)
     model = {200: example(api.model_entry())} | describe_errors(401, 404)

@@ -78,6 +78,26 @@ def test_a_client_is_answered_where_the_query_prompt_is_set(prompted: Address, s
         check(client, sent, sent.get("refused"))
 
 
+def test_a_text_is_cut_where_the_request_says_and_the_cache_knows(client: httpx.Client) -> None:
+    def ask(**fields: object) -> httpx.Response:
+        return client.post("/v1/embeddings", json={"input": ["a", 100 * "word "]} | fields)
+
+    whole, cut = ask().json(), ask(truncate_prompt_tokens=40).json()
+    assert cut["usage"]["prompt_tokens"] < whole["usage"]["prompt_tokens"]
+    assert cut["data"][0] == whole["data"][0]
+    assert cut["data"][1] != whole["data"][1]
+    assert ask(truncate_prompt_tokens=-1).json() == ask(truncate_prompt_tokens=10**9).json() == whole
+    assert ask(truncate_prompt_tokens=40, truncate="END").json() == cut
+
+
+def test_a_text_that_may_not_be_cut_is_refused_by_its_number(client: httpx.Client) -> None:
+    for fields in ({"truncate": False}, {"truncate": "NONE"}, {"truncation": False}):
+        for texts, status in ((["a", "b"], 200), (["a", 2000 * "word "], 400)):
+            answer = client.post("/v1/embeddings", json={"input": texts} | fields)
+            assert answer.status_code == status, answer.text
+        assert answer.json()["detail"].startswith("Input 2: ")
+
+
 # ---------------------------------------------------------------------------------------------- what there is to embed
 
 

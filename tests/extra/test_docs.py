@@ -1,39 +1,13 @@
 """The page /docs in a browser that can reach nothing but the service: read it, call it, upload to it, authorize."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from conftest import TESTS, Server, serve
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", offline])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: playwright.Browser, tmp_path: Path) -> Iterator[playwright.Page]:
-    """A page that has met no error and has asked one host only; a picture of its end stays in `tmp_path`."""
-    page, hosts, errors = browser.new_page(viewport={"width": 1280, "height": 900}), set[str](), list[str]()
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    yield page
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    page.close()
-    assert len(hosts - {""}) == 1  # a data: URL has no host
-    assert errors == []
+pytest_plugins = ["chromium"]
 
 
 def opened(page: playwright.Page, path: str) -> playwright.Locator:

@@ -57,7 +57,7 @@ def open_pdf(path: Path) -> PdfDocument:
 
 
 def build_database(service: "Service", document: PdfDocument, dimension: int) -> QdrantClient:
-    """A database in memory. `QdrantClient(path="index")` keeps it on disk, `url="http://localhost:6333"` in a server."""
+    """A database in memory. `path="index"` would keep it on disk, `url="http://localhost:6333"` in a server."""
     database = QdrantClient(":memory:")
     vectors = VectorParams(size=dimension, distance=Distance.DOT)
     database.create_collection("pages", vectors_config=vectors)

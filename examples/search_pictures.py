@@ -58,7 +58,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def build_database(service: "Service", pictures: list[Path], dimension: int) -> QdrantClient:
-    """A database in memory. `QdrantClient(path="index")` keeps it on disk, `url="http://localhost:6333"` in a server."""
+    """A database in memory. `path="index"` would keep it on disk, `url="http://localhost:6333"` in a server."""
     database = QdrantClient(":memory:")
     vectors = VectorParams(size=dimension, distance=Distance.DOT)
     database.create_collection("pictures", vectors_config=vectors)

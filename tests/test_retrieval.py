@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import httpx
 import numpy as np
 import pytest
+from conftest import Address
 from PIL import Image, ImageColor, ImageDraw
 
 COLORS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "orange": "橙色"}
@@ -46,21 +47,33 @@ def recall(queries: np.ndarray, documents: np.ndarray) -> float:
     return float(np.mean((queries @ documents.T).argmax(axis=1) == np.arange(len(queries))))
 
 
-def embed(client: httpx.Client, texts: list[str], prompt: str | None = None) -> np.ndarray:
-    return np.array(client.post("/embed/text", json={"texts": texts, "prompt": prompt}).json()["embeddings"])
+@pytest.fixture(scope="module")
+def captions(server: Address) -> dict[str, np.ndarray]:
+    """The vectors of all captions, as documents and as queries that ask for an image."""
+    texts = {"English": ENGLISH, "Chinese": CHINESE}
+    prompts = {"": None, ", asked": "Find an image that matches the given text."}
+    with server.client() as client:
+        return {
+            f"{language}{how}": np.array(
+                client.post("/embed/text", json={"texts": texts[language], "prompt": prompt}).json()["embeddings"]
+            )
+            for language in texts
+            for how, prompt in prompts.items()
+        }
+
+
+def test_captions_and_their_translations_find_one_another(captions: dict[str, np.ndarray]) -> None:
+    assert recall(captions["English"], captions["Chinese"]) >= 0.9
+    assert recall(captions["Chinese"], captions["English"]) >= 0.9
 
 
 @pytest.mark.parametrize("grounds", [["white"], ["#969696"], GROUNDS], ids=["white", "grey", "mixed"])
-def test_captions_and_drawings_and_translations_find_one_another(client: httpx.Client, grounds: list[str]) -> None:
-    found = {"caption: translation": [recall(embed(client, ENGLISH), embed(client, CHINESE))]}
-    for seed in (2024, 2025):
-        chance = random.Random(seed)
-        files = [("file", draw(*pair, chance, grounds)) for pair in PAIRS]
-        drawings = np.array(client.post("/embed/image", files=files).json()["embeddings"])
-        for language, captions in (("English", ENGLISH), ("Chinese", CHINESE)):
-            plain = embed(client, captions)
-            asked = embed(client, captions, "Find an image that matches the given text.")
-            searches = {"drawing": (plain, drawings), "drawing, asked": (asked, drawings), "caption": (drawings, plain)}
-            for what, search in searches.items():
-                found.setdefault(f"{language}: {what}", []).append(recall(*search))
-    assert min(map(np.mean, found.values())) >= 0.9, found
+def test_captions_and_drawings_find_one_another(
+    client: httpx.Client, captions: dict[str, np.ndarray], grounds: list[str]
+) -> None:
+    chance = random.Random(2025)
+    files = [("file", draw(*pair, chance, grounds)) for pair in PAIRS]
+    drawings = np.array(client.post("/embed/image", files=files).json()["embeddings"])
+    found = {f"{query}: drawing": recall(vectors, drawings) for query, vectors in captions.items()}
+    found |= {f"drawing: {name}": recall(drawings, captions[name]) for name in ("English", "Chinese")}
+    assert min(found.values()) >= 0.9, found

@@ -205,9 +205,13 @@ def test_a_gif_s_transparent_colour_is_seen_as_white() -> None:
 
 
 def test_a_bmp_s_alpha_is_not_looked_at_as_it_is_often_zero_throughout() -> None:
-    image = picture().convert("RGBA")
-    image.putalpha(0)
-    np.testing.assert_array_equal(seen(save(image, "BMP")), seen(save(picture(), "BMP")))
+    pixels = np.zeros((40, 60, 4), np.uint8)
+    pixels[:, :, :3] = np.asarray(picture())[::-1, :, ::-1]  # from the last row up, blue first
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII4I", 56, 60, 40, 1, 32, 3, 0, 0, 0, 0, 0, *masks)
+    file = b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 56) + header + pixels.tobytes()
+    assert Image.open(io.BytesIO(file)).mode == "RGBA"
+    np.testing.assert_array_equal(seen(file), seen(save(picture(), "BMP")))
 
 
 def test_16_bit_grey_keeps_its_high_byte() -> None:
@@ -274,7 +278,7 @@ def test_of_many_pictures_in_a_file_the_first_is_seen_however_many_follow() -> N
         "an MPO of 40": save(frames[0], "MPO", save_all=True, append_images=frames[1:]),
         "progressive ones": b"".join(save(frame, "JPEG", progressive=True) for frame in frames[:4]),
         "MJPEG": b"".join(stills),
-        "thumbnails within EXIF": with_segments(1, b"\xff\xe1", b"Exif\0\0" + 4 * progressive(8)),
+        "thumbnails within EXIF": with_segments(1, b"\xff\xe1", b"Exif\0\0" + progressive(40)),
     }
     for kind, file in many.items():
         first = save(frames[0], "JPEG", progressive=kind.startswith("progressive"))
@@ -410,7 +414,7 @@ def test_a_file_of_very_many_pixels_or_parts_is_refused_by_their_number(kind: st
 def test_of_a_png_only_the_chunks_that_make_its_pixels_are_parsed() -> None:
     # 10 million lines of it, parsed as EXIF, hold the interpreter for a second
     lines = chunk(b"tEXt", b"Raw profile type exif\0" + b"ab\n" * 10_000_000)
-    file = PHOTO[:33] + lines + chunk(b"acTL", bytes(8)) + PHOTO[33:] + b"and what follows the end"
+    file = PHOTO[:33] + lines + chunk(b"acTL", bytes(8)) + PHOTO[33:] + b"WHAT FOLLOWS THE END"
     assert gme.plain_png(file) == PHOTO
     np.testing.assert_array_equal(seen(file), seen(PHOTO))
 

@@ -48,14 +48,14 @@ def of_page(client: str, url: str, prompt: str | None = None, **names: object) -
     """What the page's row for this client evaluates to, or skip where the client is not installed."""
     (row,) = (row for name, row in ROWS.items() if name.startswith(client))
     module = pytest.importorskip(row["client"].split("`")[1])
-    names |= vars(module) | {"URL": url, "PROMPT": prompt}
-    if client.startswith("Haystack"):
-        names["Secret"] = importlib.import_module("haystack.utils").Secret
     code = row["code"].strip("`")
     if prompt:
         argument = row["prompt"].split("`")[1]
         code = code.removesuffix(")") + f", {argument})"
-    return eval(code, names)
+    imported = {name: getattr(module, name) for name in re.findall(r"\w+", code) if hasattr(module, name)}
+    if "Secret" in code:
+        imported["Secret"] = importlib.import_module("haystack.utils").Secret
+    return eval(code, imported | names | {"URL": url, "PROMPT": prompt})
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def test_a_sentence_orders_the_pictures(page: playwright.Page, server: Server) -
     drop(page, PICTURES)
     expect(state(page)).to_contain_text("against 4")
     before = names(page)
+    type_sentences(page, "a red circle", "a black ring")  # which the click below ends
     button = page.get_by_role("button", name="a red circle")
     button.click()
     expect(button).to_have_attribute("aria-pressed", "true")
@@ -186,8 +187,10 @@ def test_it_can_be_read_by_everybody(page: playwright.Page, server: Server, sche
 def test_on_a_phone_the_table_scrolls_beside_its_sentences(page: playwright.Page, server: Server) -> None:
     page.set_viewport_size(PHONE)
     page.goto(server.url)
+    type_sentences(page, "a red circle", "a yellow square")
     drop(page, PICTURES)
     expect(state(page)).to_contain_text("against 4")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     last = page.get_by_role("button", name=f"Remove {YELLOW}")
     sentence = page.get_by_role("button", name="a red circle")
     left = sentence.bounding_box()["x"]

@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPMethod
@@ -389,7 +389,7 @@ class Config:
     width: int
     layers: int
     heads: int
-    groups: int  # of heads: each has one key and value
+    kv_heads: int  # each serves several query heads
     inner: int
     vocabulary: int
     theta: float
@@ -413,7 +413,7 @@ class Config:
             width=text.hidden_size,
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
-            groups=text.num_key_value_heads,
+            kv_heads=text.num_key_value_heads,
             inner=text.intermediate_size,
             vocabulary=text.vocab_size,
             theta=text.rope_theta,
@@ -427,7 +427,7 @@ class Config:
         )
         for number, divisor, rule in (
             (config.width, config.heads, "hidden_size is no multiple of num_attention_heads"),
-            (config.heads, config.groups, "num_attention_heads is no multiple of num_key_value_heads"),
+            (config.heads, config.kv_heads, "num_attention_heads is no multiple of num_key_value_heads"),
             (config.width, 2 * config.heads, "hidden_size / num_attention_heads is odd"),
             (config.vision_width, config.vision_heads, "vision_config.embed_dim is no multiple of num_heads"),
             (config.vision_width, 4 * config.vision_heads, "vision_config.embed_dim / num_heads is no multiple of 4"),
@@ -502,6 +502,11 @@ class Input:  # as the model reads it
     grid: tuple[int, int] = (0, 0)  # rows and columns of patches
     patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
     key: bytes = b""  # a digest of all that the embedding depends on
+    is_cut: bool = False
+
+    @property
+    def own_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prefix)
 
     @property
     def cost(self) -> int:  # tokens that the model computes for it
@@ -813,25 +818,39 @@ class Preparer:
 #
 # In shapes: N tokens of all inputs, D their width, P patches of all images, V the width of the vision tower.
 # The residual stream, `hidden`, is float32 whatever the dtype of the weights: for precision, and for float16's range.
-QUICK_GELU = 1.702  # quick_gelu(x) = x * sigmoid(1.702 * x), which is silu(1.702 * x) / 1.702
+
+# quick_gelu(x) = x * sigmoid(1.702 * x), which is silu(1.702 * x) / 1.702
+QUICK_GELU = 1.702
 VISION_THETA = 10_000
 LAYER_NORM_EPS = 1e-6
-MAX_KEPT_PREFIX = 256  # tokens of an instruction whose states are kept: 7 MB for the 2B model in bfloat16
+# Tokens of an instruction whose keys and values are kept: 7 MB for the 2B model in bfloat16.
+MAX_KEPT_PREFIX = 256
 KEPT_PREFIXES = 16
-LIKE_LENGTH = 0.8  # inputs share a call of attention when so much of it is no padding
+# Inputs share a call of attention when so much of it is no padding.
+LIKE_LENGTH = 0.8
+# How far, in 1 - cosine, rounding may take a vector that was computed in another batch.
+MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+ALL_ROWS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Kernels:
     """How to compute what takes nearly all of the time, as it suits a device."""
 
+    # x, weight and bias of a linear layer.
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    linear_silu: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # silu of a linear layer
-    gated: Callable[[Tensor, Tensor, Tensor], Tensor]  # silu(x @ gate) * (x @ up)
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # within images, (B, heads, P, head_dim)
-    pack: Callable[[Tensor], Tensor] | None = None  # copies the matrix of a linear layer into the layout of the above
-    rows_together: int = 1 << 30  # patches that go through an MLP together
-    patches_together: int = 1 << 14  # of several images, in the vision tower: more gain nothing, and take memory
+    # The same, with silu of what it gives.
+    linear_silu: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    # x, gate and up: silu(x @ gate) * (x @ up).
+    gated: Callable[[Tensor, Tensor, Tensor], Tensor]
+    # Query, key and value (1, heads, patches, head_dim) of one image.
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    # Copies the matrix of a linear layer into the layout that the three products above read; None where it stays.
+    pack: Callable[[Tensor], Tensor] | None = None
+    # Patches that pass the MLP of a vision block in one call.
+    rows_together: int = ALL_ROWS
+    # Patches of several images that share a call of the vision tower. Above this, speed is the same and memory grows.
+    patches_together: int = 1 << 14
 
 
 def torch_linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -900,12 +919,16 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     if features.get("avx2") and not features.get("amx_bf16"):
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
-    # One image at a time, and of its patches as many as leave the inner layer of the MLP in the cache.
+    # One image at a time, and of its patches as many as leave the inner layer of the MLP in the cache of a core.
     kernels = replace(TORCH, rows_together=512, patches_together=1)
     if dtype == torch.bfloat16:
         kernels = replace(kernels, attend=attend_in_chunks)
     if not onednn_agrees(dtype):
-        log.info("torch's own products are used, as its oneDNN operators are not as expected.")
+        log.info(
+            "Using torch's public operators: its private oneDNN ones are missing or differ in torch %s."
+            " The service is slower, and the embeddings are the same.",
+            torch.__version__,
+        )
         return kernels
     return replace(kernels, linear=onednn_linear, linear_silu=onednn_linear_silu, gated=onednn_gated, pack=onednn_pack)
 
@@ -942,19 +965,19 @@ class MergedLinear(Linear):
         self.parts = parts
 
 
-class Turns(NamedTuple):
+class Rotation(NamedTuple):
     """What rotary position embedding multiplies by, for each token or patch: (N, 1, head_dim), float32."""
 
     cos: Tensor
     sin: Tensor  # with the sign of each half
 
     @classmethod
-    def by(cls, angles: Tensor) -> "Turns":
+    def by(cls, angles: Tensor) -> "Rotation":
         """From the angles of a head's pairs, (N, head_dim / 2)."""
         cos, sin = angles.cos(), angles.sin()
         return cls(torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None])
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """x (N, heads, head_dim): its first half makes the pairs with its second half."""
         first, second = x.chunk(2, dim=-1)
         swapped = torch.cat((second, first), dim=-1)
@@ -1001,10 +1024,10 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(kernels, config.vision_width, 3 * config.vision_width)
         self.proj = Linear(kernels, config.vision_width, config.vision_width)
 
-    def forward(self, x: Tensor, turns: Turns, sizes: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, sizes: Sequence[int]) -> Tensor:
         """x (P, V), of images with these numbers of patches."""
         query, key, value = self.qkv(x).unflatten(1, (3 * self.heads, -1)).split(self.heads, dim=1)
-        parts = (part.split(list(sizes)) for part in (turns.rotate(query), turns.rotate(key), value))
+        parts = (part.split(list(sizes)) for part in (rotation.apply(query), rotation.apply(key), value))
         attended = [self.attend(*image) for image in zip(*parts, strict=True)]
         return self.proj(torch.cat(attended))
 
@@ -1038,9 +1061,9 @@ class VisionBlock(nn.Module):
         for tensor in (self.norm2.weight, self.norm2.bias, self.mlp.fc1.bias, self.mlp.fc2.bias):
             tensor.mul_(QUICK_GELU)
 
-    def forward(self, hidden: Tensor, turns: Turns, sizes: Sequence[int]) -> None:
+    def forward(self, hidden: Tensor, rotation: Rotation, sizes: Sequence[int]) -> None:
         """Add the block's part to hidden (P, V)."""
-        hidden += self.attn(self.norm1(hidden), turns, sizes)
+        hidden += self.attn(self.norm1(hidden), rotation, sizes)
         for rows in hidden.split(self.rows_together):
             rows.add_(self.mlp(self.norm2(rows)), alpha=1 / QUICK_GELU)
 
@@ -1097,9 +1120,9 @@ class VisionTower(nn.Module):
         Patches are (P, 588), uint8; places, the row and the column of each, are (P, 2).
         """
         hidden = self.patch_embed(patches)
-        turns = Turns.by(self.angles(places))
+        rotation = Rotation.by(self.angles(places))
         for block in self.blocks:
-            block(hidden, turns, sizes)
+            block(hidden, rotation, sizes)
         return self.merger(hidden)
 
     def angles(self, places: Tensor) -> Tensor:
@@ -1113,28 +1136,34 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.heads, self.groups = config.heads, config.groups
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
         head_dim = config.width // config.heads
-        queries, keys = config.heads * head_dim, config.groups * head_dim
+        queries = config.heads * head_dim
+        keys = config.kv_heads * head_dim
         self.qkv_proj = MergedLinear(kernels, config.width, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
         self.o_proj = Linear(kernels, queries, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, turns: Turns, spans: Sequence[Span], mask: Tensor, past: Tensor | None
+        self, x: Tensor, rotation: Rotation, spans: Sequence[Span], mask: Tensor, prefix_states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the heads attend to (N, D), before `o_proj`, and the keys and values (N, 2 * groups, head_dim)."""
-        qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.groups, -1))
-        turned = turns.rotate(qkv[:, : self.heads + self.groups])
-        query, key = turned.split((self.heads, self.groups), dim=1)
-        states = torch.cat((key, qkv[:, self.heads + self.groups :]), dim=1)
-        attended = [self.attend(query, states, span, mask, past) for span in spans]
+        """What the heads attend to (N, D), before `o_proj`, and the keys and values (N, 2 * kv_heads, head_dim)."""
+        qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
+        turned = rotation.apply(qkv[:, : self.heads + self.kv_heads])
+        query, key = turned.split((self.heads, self.kv_heads), dim=1)
+        states = torch.cat((key, qkv[:, self.heads + self.kv_heads :]), dim=1)
+        attended = [self.attend(query, states, span, mask, prefix_states) for span in spans]
         return torch.cat(attended), states
 
-    def attend(self, query: Tensor, states: Tensor, span: Span, mask: Tensor, past: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, states: Tensor, span: Span, mask: Tensor, prefix_states: Tensor | None) -> Tensor:
         """The part of one span, (tokens of the span, D)."""
         own = span.pad(states)
-        seen = own if past is None else torch.cat((past.expand(span.count, -1, -1, -1), own), dim=1)
-        key, value = seen.repeat_interleave(self.heads // self.groups, dim=2).transpose(1, 2).split(self.heads, dim=1)
+        seen = own
+        if prefix_states is not None:
+            seen = torch.cat((prefix_states.expand(span.count, -1, -1, -1), own), dim=1)
+        # Each key and value once for every query head: (B, 2 * heads, prefix + T, head_dim).
+        repeated = seen.repeat_interleave(self.heads // self.kv_heads, dim=2).transpose(1, 2)
+        key, value = repeated.split(self.heads, dim=1)
         mask = mask[: span.longest, : key.shape[2]]
         attended = functional.scaled_dot_product_attention(span.pad(query).transpose(1, 2), key, value, mask)
         return span.unpad(attended.transpose(1, 2).flatten(2))
@@ -1164,16 +1193,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        turns: Turns,
+        rotation: Rotation,
         spans: Sequence[Span],
         mask: Tensor,
-        past: Tensor | None,
+        prefix_states: Tensor | None,
         pooled: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The new `hidden`, of the `pooled` tokens alone where they are given, and the keys and values."""
-        attended, states = self.self_attn(self.input_layernorm(hidden), turns, spans, mask, past)
+        attended, states = self.self_attn(self.input_layernorm(hidden), rotation, spans, mask, prefix_states)
         if pooled is not None:
-            hidden, attended = hidden[pooled], attended[pooled]
+            hidden = hidden[pooled]
+            attended = attended[pooled]
         hidden += self.self_attn.o_proj(attended)
         hidden += self.mlp(self.post_attention_layernorm(hidden))
         return hidden, states
@@ -1182,39 +1212,41 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.theta, self.head_dim = config.theta, config.width // config.heads
+        self.theta = config.theta
+        self.head_dim = config.width // config.heads
         # Not by its constructor, whose random values would import 800 modules on the meta device.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width))
         self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, spans: Sequence[Span], pooled: Tensor, past: Sequence[Tensor]
+        self, hidden: Tensor, positions: Tensor, spans: Sequence[Span], pooled: Tensor, prefix_states: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The final states (B, D) of the `pooled` tokens, and each layer's keys and values.
+        """What the last layer gives for the `pooled` tokens (B, D), and each layer's keys and values.
 
         Of all tokens, `hidden` is (N, D) and `positions` (N,): as in the authors' forward, token i of an input has
-        position i on all three rotary axes, image tokens too. `past` are the keys and values of the prefix.
+        position i on all three rotary axes, image tokens too. `prefix_states` are the keys and values of the prefix.
         """
-        turns = Turns.by(rotary_angles(positions, self.head_dim // 2, self.theta))
-        before = len(past[0]) if past else 0
-        mask = self.mask(before, max(span.longest for span in spans), hidden.device)
+        rotation = Rotation.by(rotary_angles(positions, self.head_dim // 2, self.theta))
+        prefix_length = len(prefix_states[0]) if prefix_states else 0
+        mask = self.mask(prefix_length, max(span.longest for span in spans), hidden.device)
         states: list[Tensor] = []
         for number, layer in enumerate(self.layers):
+            before = prefix_states[number] if prefix_states else None
             # Nothing attends to what the last layer gives: only the tokens that are pooled go on.
-            chosen = pooled if number == len(self.layers) - 1 else None
-            hidden, new = layer(hidden, turns, spans, mask, past[number] if past else None, chosen)
-            states.append(new)
+            is_last = number == len(self.layers) - 1
+            hidden, own = layer(hidden, rotation, spans, mask, before, pooled if is_last else None)
+            states.append(own)
         return self.norm(hidden), states
 
-    def mask(self, before: int, longest: int, device: torch.device) -> Tensor:
-        """(T, before + T), to be added: a token sees the prefix and its own input up to itself, so no padding."""
-        length = before + longest
+    def mask(self, prefix_length: int, longest: int, device: torch.device) -> Tensor:
+        """(T, prefix_length + T), to be added: a token sees the prefix, and its own input up to itself."""
+        length = prefix_length + longest
         # Attention's kernels on a GPU need rows that begin at a multiple of 8 numbers, and pad them otherwise.
         columns = torch.arange(length + -length % 8, device=device)
-        hidden_from = torch.arange(before, length, device=device)[:, None] < columns
-        mask = torch.zeros(hidden_from.shape, dtype=self.embed_tokens.weight.dtype, device=device)
-        return mask.masked_fill_(hidden_from, -math.inf)[:, :length]
+        is_unseen = torch.arange(prefix_length, length, device=device)[:, None] < columns
+        mask = torch.zeros(is_unseen.shape, dtype=self.embed_tokens.weight.dtype, device=device)
+        return mask.masked_fill_(is_unseen, -math.inf)[:, :length]
 
 
 class Qwen2VL(nn.Module):
@@ -1289,6 +1321,11 @@ def place_patches(rows: int, columns: int) -> np.ndarray:
     return places.reshape(rows // 2, 2, columns // 2, 2, 2).swapaxes(1, 2).reshape(-1, 2)
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Of a CPU, torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class Model:
     """Embeds prepared inputs; for one thread at a time."""
 
@@ -1302,7 +1339,7 @@ class Model:
         with torch.device("meta"):  # names and shapes, and no memory
             self.network = Qwen2VL(config, self.kernels)
         load_weights(self.network, WeightReader(directory), device, dtype)
-        self.kept_states = functools.lru_cache(KEPT_PREFIXES)(self.states)
+        self.kept_states = functools.lru_cache(KEPT_PREFIXES)(self.compute_states)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """Unit embeddings (B, D), float32, of inputs that share their prefix.
@@ -1314,7 +1351,7 @@ class Model:
         except torch.AcceleratorError as error:
             raise DeviceLostError(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not ran_out_of_memory(error):
                 raise
             raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
 
@@ -1322,30 +1359,32 @@ class Model:
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
         """The embeddings, still on the device, and each layer's keys and values."""
         prefix = inputs[0].prefix
-        past = self.past(prefix)
+        prefix_states = self.prefix_states(prefix)
 
         # All inputs in a row, the short ones first, so that those of like length are neighbours.
-        lengths = np.array([one.cost for one in inputs])
+        lengths = np.array([item.own_tokens for item in inputs])
         order = lengths.argsort(kind="stable")
         stops = np.empty_like(lengths)
         stops[order] = lengths[order].cumsum()
         starts = stops - lengths
-        token_ids = self.bring([inputs[index].token_ids[len(prefix) :] for index in order])
-        positions = self.bring([np.arange(len(prefix), len(prefix) + length) for length in lengths[order]])
-        last = self.bring([stops - 1])
+        token_ids = self.to_device([inputs[index].token_ids[len(prefix) :] for index in order])
+        positions = self.to_device([np.arange(len(prefix), len(prefix) + length) for length in lengths[order]])
+        pooled = self.to_device([stops - 1])
 
         hidden = self.network.model.embed_tokens(token_ids).float()  # (N, D)
         self.put_images(hidden, inputs, starts)
-        final, states = self.network.model(hidden, positions, self.spans(lengths[order]), last, past)
+        final, states = self.network.model(hidden, positions, self.spans(lengths[order]), pooled, prefix_states)
         return functional.normalize(final, dim=-1), states
 
-    def past(self, prefix: tuple[int, ...]) -> list[Tensor]:
+    def prefix_states(self, prefix: tuple[int, ...]) -> list[Tensor]:
         """Each layer's keys and values of a prefix: computed once, and kept where they are small."""
         if not prefix:
             return []
-        return self.kept_states(prefix) if len(prefix) <= MAX_KEPT_PREFIX else self.states(prefix)
+        if len(prefix) > MAX_KEPT_PREFIX:
+            return self.compute_states(prefix)
+        return self.kept_states(prefix)
 
-    def states(self, prefix: tuple[int, ...]) -> list[Tensor]:
+    def compute_states(self, prefix: tuple[int, ...]) -> list[Tensor]:
         return self.forward([Input(np.array(prefix), ())])[1]
 
     def put_images(self, hidden: Tensor, inputs: Sequence[Input], starts: np.ndarray) -> None:
@@ -1353,9 +1392,9 @@ class Model:
         for group in self.image_groups(inputs):
             images = [inputs[index] for index in group]
             patches = [image.patches for image in images if image.patches is not None]
-            sizes = [len(one) for one in patches]
+            sizes = [len(part) for part in patches]
             places = [place_patches(*image.grid) for image in images]
-            embeddings = self.network.visual(self.bring(patches), self.bring(places), sizes)
+            embeddings = self.network.visual(self.to_device(patches), self.to_device(places), sizes)
             parts = embeddings.split([size // 4 for size in sizes])
             for index, image, part in zip(group, images, parts, strict=True):
                 start = starts[index] + image.image_start - len(image.prefix)
@@ -1365,38 +1404,39 @@ class Model:
         """Which inputs have their images computed together."""
         group: list[int] = []
         patches = 0
-        for index, one in enumerate(inputs):
-            if one.patches is None:
+        for index, item in enumerate(inputs):
+            if item.patches is None:
                 continue
-            if group and patches + len(one.patches) > self.kernels.patches_together:
+            if group and patches + len(item.patches) > self.kernels.patches_together:
                 yield group
                 group = []
                 patches = 0
             group.append(index)
-            patches += len(one.patches)
+            patches += len(item.patches)
         if group:
             yield group
 
     def spans(self, lengths: np.ndarray) -> list[Span]:
         """The calls of attention for inputs of these lengths, in ascending order, that lie in a row."""
         spans: list[Span] = []
-        start = first = 0
-        for stop in range(1, len(lengths) + 1):
-            ahead = lengths[first : stop + 1]
-            if stop < len(lengths) and ahead.sum() >= LIKE_LENGTH * len(ahead) * ahead[-1]:
+        first_input = first_token = 0
+        for stop_input in range(1, len(lengths) + 1):
+            # A span grows for as long as LIKE_LENGTH of its B * T slots hold a token.
+            with_next = lengths[first_input : stop_input + 1]
+            if stop_input < len(lengths) and with_next.sum() >= LIKE_LENGTH * len(with_next) * with_next[-1]:
                 continue
-            own = lengths[first:stop]
-            longest = int(own[-1])
+            span_lengths = lengths[first_input:stop_input]
+            longest = int(span_lengths[-1])
             slots = None
-            if own[0] != longest:
-                slots = self.bring([np.flatnonzero(np.arange(longest) < own[:, None])])
-            end = start + int(own.sum())
-            spans.append(Span(start, end, len(own), longest, slots))
-            start = end
-            first = stop
+            if span_lengths[0] != longest:
+                slots = self.to_device([np.flatnonzero(np.arange(longest) < span_lengths[:, None])])
+            stop_token = first_token + int(span_lengths.sum())
+            spans.append(Span(first_token, stop_token, len(span_lengths), longest, slots))
+            first_input = stop_input
+            first_token = stop_token
         return spans
 
-    def bring(self, parts: Sequence[np.ndarray]) -> Tensor:
+    def to_device(self, parts: Sequence[np.ndarray]) -> Tensor:
         """Arrays, one after the other, on the device."""
         tensor = torch.from_numpy(np.concatenate(parts))
         if self.device.type == "cpu":
@@ -1405,15 +1445,15 @@ class Model:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def check(self, texts: Sequence[Input]) -> None:
-        """A probe at start: texts, the first with a small image, together, and alone without the prefix's states.
+        """Embed texts, the first with a small image, once together and once alone without a kept prefix.
 
-        Raises `StartError` when they are not finite, or differ by more than rounding.
+        Raises `StartError` when the vectors are not finite, or differ by more than rounding.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)
-        # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it
+        # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it.
         with_image = replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise)
         inputs = [with_image, *texts[1:]]
-        alone = torch.cat([self.forward([replace(one, prefix=())])[0] for one in inputs])
+        alone = torch.cat([self.forward([replace(item, prefix=())])[0] for item in inputs])
         together = self.forward(inputs)[0]
         if not (together.isfinite().all() and alone.isfinite().all()):
             raise StartError(
@@ -1421,7 +1461,7 @@ class Model:
                 " or too large for it. Fetch the model again, or set GME_DTYPE=bfloat16."
             )
         distance = 1 - (together * alone).sum(1).min().item()
-        if distance > (1e-5 if self.dtype == torch.float32 else 1e-3):
+        if distance > MAX_DISTANCE[self.dtype]:
             raise StartError(
                 f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g}):"
                 f" install the versions of requirements.txt, not torch {torch.__version__}."
@@ -1443,49 +1483,60 @@ def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
-AHEAD_BATCHES = 5  # how much is prepared, the batch under way included; a prepared image takes 2.4 kB a token
-CHUNK_CHARACTERS = 1 << 14  # of texts that are tokenized in one go
-SECONDS = [2.0**n for n in range(-8, 10)]  # 4 ms to 8.5 min: a long queue on a CPU takes minutes
+# How much is prepared, the batch under way included. A prepared image takes 2.4 kB a token.
+AHEAD_BATCHES = 5
+# Characters of text that are tokenized in one go.
+CHUNK_CHARACTERS = 1 << 14
+# 4 ms to 8.5 min: a long queue on a CPU takes minutes.
+SECONDS = [2.0**n for n in range(-8, 10)]
 QUEUE_SECONDS = Histogram("gme_queue_seconds", "Time that an input waits for the model.", buckets=SECONDS)
 MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for one batch.", buckets=SECONDS)
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
 
+# In place of a source that has been prepared, so that its image is freed.
+PREPARED = Source()
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """An input of a request. It has a source at first, an input once it is prepared, and an embedding at last."""
+    """What waits: it has a source at first, an input once that is prepared, and an embedding at last."""
 
     job: "Job"
-    place: tuple[float, int]  # the lowest goes first: its number by the clock, then that of its job
-    source: Source | None
+    # Its turn by the clock, and the serial number of its job: the lowest goes first.
+    place: tuple[float, int]
+    source: Source
     input: Input | None = None
     embedding: np.ndarray | None = None
-    queue: list["Waiting"] | None = None  # in which it waits; None while a thread has it
-
-    @property
-    def cost(self) -> int:
-        """Tokens that the model computes for it, once it is prepared."""
-        return self.input.cost if self.input else 0
+    # Where it stands now: nowhere while a thread prepares it, and once it is answered.
+    queue: list["Waiting"] | None = None
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """The inputs of one request. It ends when all of its inputs have embeddings, or when one has failed."""
+    """One request. It ends when all that it waits for has embeddings, or when some of it has failed."""
 
-    number: int
+    serial: int
     arrived: float
     ended: asyncio.Future[None]
-    inputs: list[Waiting] = field(default_factory=list)  # in the client's order
+    waiting: list[Waiting] = field(default_factory=list)  # in the client's order
     unanswered: int = 0
 
 
-def place_of(one: Waiting) -> tuple[float, int]:
-    return one.place
+def place_of(waiting: Waiting) -> tuple[float, int]:
+    return waiting.place
 
 
-def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> list[Any]:
-    """`function(items)`; where it raises, of each half in turn, until one item alone has the error as its result."""
+def isolate(
+    function: Callable[[Sequence[Item]], Iterable[Result]], items: Sequence[Item]
+) -> list[Result | ServiceError]:
+    """`function(items)`; where it raises, of each half in turn, until one item alone has the error as its result.
+
+    Raises `DeviceLostError`, after which nothing can be computed.
+    """
     try:
         return list(function(items))
     except DeviceLostError:
@@ -1505,10 +1556,12 @@ def isolate(function: Callable[[Any], Iterable[Any]], items: Sequence[Any]) -> l
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
-    The policy is weighted fair queueing by virtual time. A request's inputs, shortest first, are numbered from
-    `clock`; the lowest number goes first, the oldest request first among equals. After a batch, the clock advances by
-    the inputs computed over the requests that waited: by as many as each got, had all got the same. So a lone query
-    waits for the batch under way and a turn of each other request, and a bulk job keeps its share.
+    The policy is fair queueing between requests by virtual time, counted in inputs. `clock` counts the turns that each
+    waiting request has had. The inputs of a new request, short ones first, have the turns clock, clock + 1, and so on.
+    The lowest turn goes first; among equals, that of the oldest request. A batch of 100 inputs while 4 bulk jobs wait
+    moves the clock by 25; while one bulk job and 3 requests of one input wait, by 97. So a request of one input waits
+    for the batch under way and for one input of each other request, and a bulk job keeps its share beside any number
+    of those. An image counts as one input, however many tokens it has.
 
     The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which share nothing.
     """
@@ -1524,7 +1577,7 @@ class Batcher:
         max_queue: int = 16384,
         cache_entries: int = 0,
     ) -> None:
-        """Batches have at most `max_tokens`, but for an input that has more alone.
+        """Batches cost at most `max_tokens`, but for an input that costs more alone.
 
         At most `max_pixels` are decoded at a time; at most `max_queue` inputs wait for an answer.
         """
@@ -1537,37 +1590,44 @@ class Batcher:
         self.pixels = PixelBudget(max_pixels)
 
         self.clock = 0.0
-        self.numbers = itertools.count()
+        self.serials = itertools.count()
         self.jobs: set[Job] = set()  # those that have not ended
-        self.unanswered = 0  # inputs of these
-        # Sorted by place. What the model computes stays in `ready` until it is answered.
+        self.unanswered = 0
+        # The queues, sorted by place. An input stays in `ready` while the model computes it, so that an equal one that
+        # comes meanwhile shares the answer.
         self.texts: list[Waiting] = []
-        self.pictures: list[Waiting] = []
+        self.images: list[Waiting] = []
         self.ready: list[Waiting] = []
         self.ready_tokens = 0
-        self.same: dict[bytes, list[Waiting]] = {}  # what is ready, by its key: equal inputs are computed once
+        self.ready_by_key: dict[bytes, list[Waiting]] = {}
         self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.changed = asyncio.Event()
 
         cores = os.cpu_count() or 1
         self.text_thread = ThreadPoolExecutor(1, "texts")
-        self.picture_threads = ThreadPoolExecutor(cores, "pictures")
+        self.image_threads = ThreadPoolExecutor(cores, "images")
         self.model_thread = ThreadPoolExecutor(1, "model")
-        self.picture_loops = cores + 1  # while one waits for its pixels, the others keep all threads busy
+        # One more than the threads: the loop that waits for pixels has no thread.
+        self.image_loops = cores + 1
 
     def __len__(self) -> int:
         """Inputs without an answer."""
         return self.unanswered
 
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
-        """A request's embeddings (len(sources), D), float32, and its number of tokens. Raises `ServiceError`."""
+        """A request's embeddings (len(sources), D), float32, and its number of tokens.
+
+        Raises the `ServiceError` of the first input that fails, and `ArithmeticError` for vectors that are not finite.
+        """
+        if not sources:
+            raise InputError("The request has no inputs: send at least one.")
         if self.unanswered + len(sources) > self.max_queue:
             raise BusyError(BusyError.example)
         job = self.enqueue(sources)
         try:
             await job.ended
-            embeddings = np.array([one.embedding for one in job.inputs])
-            tokens = sum(len(one.input.token_ids) for one in job.inputs if one.input is not None)
+            embeddings = np.array([waiting.embedding for waiting in job.waiting])
+            tokens = sum(len(waiting.input.token_ids) for waiting in job.waiting if waiting.input is not None)
         finally:
             self.end(job)
         if not np.isfinite(embeddings).all():
@@ -1578,28 +1638,38 @@ class Batcher:
     async def running(self) -> AsyncIterator[None]:
         """Answer requests for as long as this context lasts. What `compute` cannot go on from ends the process."""
         task = asyncio.create_task(self.run())
-        yield
-        task.cancel()
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def run(self) -> None:
-        pictures = [self.prepare_pictures() for _ in range(self.picture_loops)]
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self.end_process_on_fault(self.compute_batches()))
+            loops.create_task(self.end_process_on_fault(self.prepare_texts()))
+            for _ in range(self.image_loops):
+                loops.create_task(self.end_process_on_fault(self.prepare_images()))
+
+    async def end_process_on_fault(self, loop: Coroutine[Any, Any, None]) -> None:
+        """Without one of its loops the process would take requests and answer none. Raises `SystemExit`."""
         try:
-            await asyncio.gather(self.compute_batches(), self.prepare_texts(), *pictures)
+            await loop
         except Exception as fault:
             raise SystemExit(f"The batcher has ended: {fault!r}") from fault
 
-    # ---- the queue
+    # The queues
 
     def enqueue(self, sources: Sequence[Source]) -> Job:
-        job = Job(next(self.numbers), time.perf_counter(), asyncio.get_running_loop().create_future())
-        job.unanswered = len(sources)
-        turns = [0] * len(sources)
-        for turn, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].weight)):
-            turns[index] = turn
-        for turn, source in zip(turns, sources, strict=True):
-            one = Waiting(job, (self.clock + turn, job.number), source)
-            job.inputs.append(one)
-            self.put(one, self.texts if source.image is None else self.pictures)
+        loop = asyncio.get_running_loop()
+        job = Job(next(self.serials), time.perf_counter(), loop.create_future(), unanswered=len(sources))
+        ranks = [0] * len(sources)
+        for rank, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].weight)):
+            ranks[index] = rank
+        for rank, source in zip(ranks, sources, strict=True):
+            waiting = Waiting(job, (self.clock + rank, job.serial), source)
+            job.waiting.append(waiting)
+            self.put(waiting, self.texts if source.image is None else self.images)
         self.jobs.add(job)
         self.unanswered += len(sources)
         self.wake()
@@ -1611,90 +1681,97 @@ class Batcher:
             return
         self.jobs.remove(job)
         self.unanswered -= job.unanswered
-        for one in job.inputs:
-            if one.embedding is None:
-                self.take(one)
+        for waiting in job.waiting:
+            self.take(waiting)
         # Each of them knows the job: without this, only the garbage collector would free their images.
-        job.inputs.clear()
+        job.waiting.clear()
         self.wake()
 
-    def put(self, one: Waiting, queue: list[Waiting]) -> None:
-        bisect.insort(queue, one, key=place_of)
-        one.queue = queue
-        if one.input:
-            self.ready_tokens += one.cost
-            self.same.setdefault(one.input.key, []).append(one)
+    def put(self, waiting: Waiting, queue: list[Waiting]) -> None:
+        bisect.insort(queue, waiting, key=place_of)
+        waiting.queue = queue
+        if waiting.input is not None:
+            self.ready_tokens += waiting.input.cost
+            self.ready_by_key.setdefault(waiting.input.key, []).append(waiting)
 
-    def take(self, one: Waiting) -> None:
-        """Take it out of the queue in which it waits, if it does."""
-        if one.queue is None:
+    def take(self, waiting: Waiting) -> None:
+        """Take it out of the queue in which it stands, if it does."""
+        if waiting.queue is None:
             return
-        del one.queue[bisect.bisect_left(one.queue, one.place, key=place_of)]
-        one.queue = None
-        if one.input:
-            self.ready_tokens -= one.cost
-            same = self.same[one.input.key]
-            same.remove(one)
-            if not same:
-                del self.same[one.input.key]
+        del waiting.queue[bisect.bisect_left(waiting.queue, waiting.place, key=place_of)]
+        waiting.queue = None
+        if waiting.input is not None:
+            self.ready_tokens -= waiting.input.cost
+            equal = self.ready_by_key[waiting.input.key]
+            equal.remove(waiting)
+            if not equal:
+                del self.ready_by_key[waiting.input.key]
 
     def wake(self) -> None:
-        """Let the loops below see whether there is work."""
+        """Let all loops look for work. Each looks and waits without an await between, so no wake-up is lost."""
         self.changed.set()
         self.changed.clear()
 
-    def answer(self, one: Waiting, embedding: np.ndarray) -> None:
-        one.embedding = embedding
-        one.job.unanswered -= 1
+    def answer(self, waiting: Waiting, embedding: np.ndarray) -> None:
+        job = waiting.job
+        waiting.embedding = embedding
+        job.unanswered -= 1
         self.unanswered -= 1
-        if one.job.unanswered == 0 and not one.job.ended.done():
-            one.job.ended.set_result(None)
+        if job.unanswered == 0 and not job.ended.done():
+            job.ended.set_result(None)
 
-    def fail(self, one: Waiting, error: BaseException) -> None:
-        if not one.job.ended.done():
-            one.job.ended.set_exception(error)
-        self.end(one.job)
+    def fail(self, waiting: Waiting, error: ServiceError) -> None:
+        job = waiting.job
+        if not job.ended.done():
+            job.ended.set_exception(error)
+        self.end(job)
 
-    # ---- preparing
+    # Preparing
 
     async def prepare_texts(self) -> None:
-        """Prepare chunk after chunk of texts, in a thread of their own: they never wait behind pictures."""
+        """Prepare chunk after chunk of texts, in a thread of their own: they never wait behind images."""
         loop = asyncio.get_running_loop()
         while True:
             chunk = self.next_texts()
             if not chunk:
                 await self.changed.wait()
                 continue
-            sources = [one.source for one in chunk]
+            sources = [waiting.source for waiting in chunk]
             results = await loop.run_in_executor(self.text_thread, isolate, self.prepare, sources)
-            for one, result in zip(chunk, results, strict=True):
-                self.file(one, result)
+            for waiting, result in zip(chunk, results, strict=True):
+                self.accept(waiting, result)
             self.wake()
 
-    async def prepare_pictures(self) -> None:
-        """Prepare picture after picture; several of these loops run side by side."""
+    async def prepare_images(self) -> None:
+        """Prepare image after image; several of these loops run side by side."""
         while True:
-            one = self.next_picture()
-            if one is None:
+            waiting = self.next_image()
+            if waiting is None:
                 await self.changed.wait()
                 continue
-            await self.prepare_picture(one)
+            await self.prepare_image(waiting)
             self.wake()
 
-    async def prepare_picture(self, one: Waiting) -> None:
-        """A picture has its share of the pixels before it takes a thread to decode them."""
-        (pixels,) = await self.in_picture_thread(lambda sources: map(self.count_pixels, sources), one.source)
-        if isinstance(pixels, BaseException):
-            self.file(one, pixels)
+    async def prepare_image(self, waiting: Waiting) -> None:
+        """An image has its share of the pixels before it takes a thread to decode them."""
+
+        def count(sources: Sequence[Source]) -> Iterable[int]:
+            return map(self.count_pixels, sources)
+
+        pixels = await self.in_image_thread(count, waiting.source)
+        if isinstance(pixels, ServiceError):
+            self.accept(waiting, pixels)
             return
         async with self.pixels.share(pixels):
-            if one.job in self.jobs:
-                (result,) = await self.in_picture_thread(self.prepare, one.source)
-                self.file(one, result)
+            if waiting.job in self.jobs:
+                self.accept(waiting, await self.in_image_thread(self.prepare, waiting.source))
 
-    async def in_picture_thread(self, function: Callable[[Any], Iterable[Any]], source: Source | None) -> list[Any]:
+    async def in_image_thread(
+        self, function: Callable[[Sequence[Source]], Iterable[Result]], source: Source
+    ) -> Result | ServiceError:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.picture_threads, isolate, function, [source])
+        (result,) = await loop.run_in_executor(self.image_threads, isolate, function, [source])
+        return result
 
     def next_texts(self) -> list[Waiting]:
         """The first texts, to be prepared in one go."""
@@ -1702,22 +1779,22 @@ class Batcher:
         if not self.texts or self.is_far_ahead(self.texts[0]):
             return chunk
         characters = 0
-        for one in self.texts:
-            characters += one.source.weight if one.source else 0
+        for waiting in self.texts:
+            characters += waiting.source.weight
             if chunk and characters > CHUNK_CHARACTERS:
                 break
-            chunk.append(one)
-        for one in chunk:
-            one.queue = None
+            chunk.append(waiting)
+        for waiting in chunk:
+            waiting.queue = None
         del self.texts[: len(chunk)]
         return chunk
 
-    def next_picture(self) -> Waiting | None:
-        if not self.pictures or self.is_far_ahead(self.pictures[0]):
+    def next_image(self) -> Waiting | None:
+        if not self.images or self.is_far_ahead(self.images[0]):
             return None
-        one = self.pictures.pop(0)
-        one.queue = None
-        return one
+        waiting = self.images.pop(0)
+        waiting.queue = None
+        return waiting
 
     def is_far_ahead(self, candidate: Waiting) -> bool:
         """Whether enough is ready that goes before it."""
@@ -1727,45 +1804,48 @@ class Batcher:
         if candidate.place > self.ready[-1].place:
             return True
         tokens = 0
-        for one in self.ready:
-            if one.place > candidate.place:
+        for waiting in self.ready:
+            if waiting.place > candidate.place:
                 break
-            tokens += one.cost
+            if waiting.input is not None:
+                tokens += waiting.input.cost
         return tokens >= enough
 
-    def file(self, one: Waiting, result: Input | BaseException) -> None:
-        """Where a prepared input goes: to the model, or straight to its client."""
-        one.source = None
-        if one.job not in self.jobs:
+    def accept(self, waiting: Waiting, result: Input | ServiceError) -> None:
+        """Queue a prepared input for the model, answer it from the cache, or fail its job."""
+        if waiting.job not in self.jobs:
             return
-        if isinstance(result, BaseException):
-            self.fail(one, result)
+        if isinstance(result, ServiceError):
+            self.fail(waiting, result)
             return
-        one.input = result
+        waiting.source = PREPARED
+        waiting.input = result
+        TRUNCATED.inc(result.is_cut)
         if result.key in self.cache:
             CACHE_HITS.inc()
             self.cache.move_to_end(result.key)
-            self.answer(one, self.cache[result.key])
+            self.answer(waiting, self.cache[result.key])
         else:
-            self.put(one, self.ready)
+            self.put(waiting, self.ready)
 
-    # ---- computing
+    # Computing
 
     async def compute_batches(self) -> None:
+        """Compute batch after batch, in the one thread of the model."""
         loop = asyncio.get_running_loop()
         while True:
             batch = self.next_batch()
             if not batch:
                 await self.changed.wait()
                 continue
-            advance = len(batch) / len(self.jobs)
+            turns = self.turns_of(len(batch))
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
             results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
-            self.clock += advance
-            for one, result in zip(batch, results, strict=True):
-                self.deliver(one.key, result, started)
+            for item, result in zip(batch, results, strict=True):
+                self.deliver(item.key, result, started)
+            self.clock += turns
             self.wake()
 
     def next_batch(self) -> list[Input]:
@@ -1773,8 +1853,8 @@ class Batcher:
         batch: dict[bytes, Input] = {}
         prefix: tuple[int, ...] | None = None
         tokens = 0
-        for one in self.ready:
-            item = one.input
+        for waiting in self.ready:
+            item = waiting.input
             if item is None or item.key in batch:
                 continue
             if prefix is None:
@@ -1787,19 +1867,36 @@ class Batcher:
             batch[item.key] = item
         return list(batch.values())
 
-    def deliver(self, key: bytes, result: np.ndarray | BaseException, started: float) -> None:
+    def deliver(self, key: bytes, result: np.ndarray | ServiceError, started: float) -> None:
         """Answer all that wait for this input, and remember its embedding."""
-        for one in list(self.same.get(key, ())):
-            QUEUE_SECONDS.observe(max(0, started - one.job.arrived))
-            self.take(one)
-            if isinstance(result, BaseException):
-                self.fail(one, result)
+        for waiting in list(self.ready_by_key.get(key, ())):
+            QUEUE_SECONDS.observe(max(0, started - waiting.job.arrived))
+            self.take(waiting)
+            if isinstance(result, ServiceError):
+                self.fail(waiting, result)
             else:
-                self.answer(one, result)
-        if isinstance(result, np.ndarray) and self.cache_entries:
-            self.cache[key] = result.copy()  # the row itself would keep its batch
-            while len(self.cache) > self.cache_entries:
-                self.cache.popitem(last=False)
+                self.answer(waiting, result)
+        if isinstance(result, ServiceError) or not self.cache_entries:
+            return
+        # A copy, as the row itself would keep its batch.
+        self.cache[key] = result.copy()
+        while len(self.cache) > self.cache_entries:
+            self.cache.popitem(last=False)
+
+    def turns_of(self, computed: int) -> float:
+        """How many turns each waiting job gets, at one input a turn until it has no more, of so many inputs."""
+        if computed <= len(self.jobs):
+            return computed / len(self.jobs)
+        turns = 0
+        jobs = len(self.jobs)
+        for unanswered in sorted(job.unanswered for job in self.jobs):
+            wanted = (unanswered - turns) * jobs
+            if wanted >= computed:
+                return turns + computed / jobs
+            computed -= wanted
+            turns = unanswered
+            jobs -= 1
+        return turns
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP

@@ -154,6 +154,14 @@ class Rig:
         gate, self.gate, self.busy = self.gate, threading.Event(), False
         gate.set()
         await self.until(lambda: self.busy)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Until the thread of texts has done all that it was given, so that steps do not race with it."""
+        for _ in range(3):
+            await asyncio.get_running_loop().run_in_executor(self.batcher.text_thread, int)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
     async def check(self) -> None:
         """Every request has ended, those with an answer have their own vectors, and nothing is left of any.

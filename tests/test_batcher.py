@@ -64,6 +64,7 @@ async def test_a_lone_query_waits_for_one_turn_of_each_bulk_client(make: Make, b
         for _ in range(5):
             await rig.step()
         await rig.submit(text("query"))
+        await rig.settle()
         before = len(rig.batches)
         while "query" not in rig.batches[-1]:
             await rig.step()
@@ -90,6 +91,22 @@ async def test_a_bulk_job_beside_endless_lone_queries_gets_its_share_and_so_do_t
     bulk = sum(name.startswith("bulk") for names in rig.batches for name in names)
     assert 0.7 * fair <= bulk <= 1.5 * fair
     assert min(answered) >= 0.7 * fair
+
+
+async def test_what_a_bulk_job_took_while_nobody_wanted_it_is_not_counted_against_it(make: Make) -> None:
+    rig = await make(max_tokens=100)
+    async with rig.held():
+        await rig.submit(*(text(f"old {number}") for number in range(400)))
+        for number in range(20):
+            await rig.submit(text(f"query {number}"))
+            await rig.step()
+        await rig.submit(*(text(f"new {number}") for number in range(400)))
+        before = len(rig.batches)
+        for _ in range(30):
+            await rig.step()
+        await rig.cancel_all()
+    taken = [name[:3] for names in rig.batches[before:] for name in names]
+    assert 0.7 <= taken.count("old") / taken.count("new") <= 1.5
 
 
 async def test_a_later_bulk_job_shares_with_one_that_is_far_along(make: Make) -> None:
@@ -236,7 +253,28 @@ async def test_a_request_costs_no_more_when_thousands_wait(make: Make) -> None:
         sys.settrace(None)
         return lines / count
 
-    assert await lines_per_request(4096) < 1.5 * await lines_per_request(64)
+    assert await lines_per_request(2048) < 1.5 * await lines_per_request(64)
+
+
+async def test_a_long_instruction_makes_batches_smaller(make: Make) -> None:
+    rig = await make(max_tokens=60)
+    sources = [text(name, 10, "i" * 32 * 10) for name in "abcd"]  # which costs 10 tokens more for each
+    assert await rig.batches_of(sources) == [["a", "b", "c"], ["d"]]
+
+
+async def test_no_inputs_are_refused(rig: Rig) -> None:
+    with pytest.raises(gme.InputError):
+        await rig.batcher.embed([])
+
+
+async def test_when_the_context_ends_nothing_of_it_runs(rig: Rig) -> None:
+    before = asyncio.all_tasks()
+    batcher = gme.Batcher(rig.prepare, rig.count_pixels, rig.embed, max_tokens=10, max_pixels=10)
+    with contextlib.suppress(RuntimeError):
+        async with batcher.running():
+            await asyncio.sleep(0)
+            raise RuntimeError
+    assert asyncio.all_tasks() == before
 
 
 async def test_past_the_queues_limit_requests_are_refused_until_there_is_room(make: Make) -> None:

@@ -84,7 +84,7 @@ def test_alone_and_in_a_mixed_batch_an_input_has_the_authors_vector(
 ) -> None:
     model, wide = gme.Model(checkpoint, gme.Config.read(checkpoint), CPU, dtype), checkpoint == WIDE
     few = FEW if checkpoint == TOY and dtype != torch.float32 else 10_000
-    numbers = [case.number for case in golden(wide) if GOLDEN[case.number].cost <= few]
+    numbers = [case.number for case in golden(wide) if GOLDEN[case.number].own_tokens <= few]
     for batch in [*mixed_batches(numbers), *([number] for number in numbers)]:
         assert_golden(model, *batch, least=least, wide=wide)
 
@@ -101,7 +101,7 @@ def test_an_instruction_is_computed_once_until_others_take_its_place(monkeypatch
     def prefix_tokens(one: gme.Input) -> int:
         computed.clear()
         np.testing.assert_allclose(model.embed([one]), expected[one.key], atol=1e-6)
-        return sum(computed) - one.cost
+        return sum(computed) - one.own_tokens
 
     assert [prefix_tokens(x) for x in (one, long, long, one)] == [len(x.prefix) for x in (one, long, long)] + [0]
     assert [prefix_tokens(x) for x in others] == [len(x.prefix) for x in others]

@@ -2720,6 +2720,9 @@ def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    # deploy/ray_embed.py embeds without HTTP, with what the import of the module has built.
+    app.state.batcher = batcher
+    app.state.model = model
     add_routes(app, api)
     max_body = settings.max_body_mb * 2**20
     app.add_middleware(AnswerHead)  # the last that a request meets; the first is at the end

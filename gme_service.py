@@ -458,75 +458,121 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
-DEFAULT_INSTRUCTION = "You are a helpful assistant."  # an instruction is what the API calls `prompt`
+# An instruction is what the API calls `prompt`.
+DEFAULT_INSTRUCTION = "You are a helpful assistant."
 # The authors' prompt, with an image and a text between its two parts.
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 END = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 IMAGE_PART = "<|vision_start|><|image_pad|><|vision_end|>"
-MAX_KEPT_INSTRUCTION = 4096  # characters of an instruction whose token ids are kept
-PATCH = 14  # pixels on a side
-TOKEN = 2 * PATCH  # an image token is made of 2 x 2 patches
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow opens MPO as a kind of JPEG
-MAX_SIDE = 65_535  # pixels, a JPEG's most: to resize longer sides, Pillow makes gigabytes of coefficients
-OPEN_SECONDS = 1  # of a processor, to open an image file
-PIXELS_PER_SECOND = 10_000_000  # the slowest that a whole file is decoded
-MAX_JPEG_PARTS = 30  # scans and EXIF segments: a photo has about ten scans, each a pass over all pixels
+# Token ids are kept of instructions of at most so many characters.
+MAX_KEPT_INSTRUCTION = 4096
+# Attention copies a prefix's keys and values for each input of a batch: 22 MB a
+# layer for 1,785 tokens of the 2B in float32. So a long instruction makes batches
+# smaller: 32 tokens of a prefix count as one of an input's own.
+PREFIX_SHARE = 32
+
+# Pixels on a side of a patch, and of an image token, made of 2 x 2 patches.
+PATCH = 14
+TOKEN = 2 * PATCH
+# An image counts as much as a long text, so that a request's texts go first.
+IMAGE_WEIGHT = 1 << 14
+
+# Pillow opens MPO as a kind of JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pixels, the most of a JPEG. To resize longer sides, Pillow makes gigabytes of
+# coefficients.
+MAX_SIDE = 65_535
+# Processor seconds that opening an image file may take.
+OPEN_SECONDS = 1
+# A file that is decoded more slowly than this is refused.
+PIXELS_PER_SECOND = 10_000_000
+# Scans and EXIF segments. A photo has about ten scans, each a pass over all pixels.
+MAX_JPEG_PARTS = 30
 MAX_JPEG_SEGMENTS = 10_000
-JPEG_WINDOW = 1 << 20  # bytes that are searched in one go, which holds the interpreter for 20 ms at most
-MAX_PNG_CHUNKS = 100_000  # in 32 MB, four of libpng's 8 kB are 16,000
-MAX_EXIF = 1 << 16  # bytes, a JPEG segment's most: Pillow makes up to 32 times as much of them
-ODD_EXIF = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)  # what it makes Pillow raise
-CHUNK_WEIGHT = 1 << 14  # characters that are tokenized in one go, and what an image counts: it is a chunk of its own
+# Bytes that are searched in one go. It holds the interpreter for 20 ms at most.
+JPEG_WINDOW = 1 << 20
+# libpng writes chunks of 8 kB: a PNG of 32 MB has about 4,000.
+MAX_PNG_CHUNKS = 100_000
+# Bytes, the most of a JPEG segment. Pillow makes up to 32 times as much of them.
+MAX_EXIF = 1 << 16
+# Errors that Pillow raises for a damaged EXIF.
+EXIF_ERRORS = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)
+
 TRUNCATED = Counter("gme_truncated_inputs", "Inputs that were cut, at GME_MAX_LENGTH tokens or at fewer as asked.")
 
 
 @dataclass(slots=True, frozen=True)
-class Source:  # one input as a client sent it: a text, the bytes of an image file, or both (fused into one embedding)
+class Source:
+    """One input as a client sent it: a text, an image file, or both in one embedding."""
+
     text: str = ""
     image: bytes | None = None
     instruction: str = DEFAULT_INSTRUCTION
-    name: str = ""  # "Input 3: ", with which an error about it begins
-    max_tokens: int | None = None  # a text is cut at these, where they are fewer than GME_MAX_LENGTH
-    may_cut: bool = True  # else an input that would be cut is refused
+    # An error about this input begins with it. It reads like "Input 3: ".
+    name: str = ""
+    # A text is cut at so many tokens, if they are fewer than GME_MAX_LENGTH.
+    max_tokens: int | None = None
+    # If false, an input that would be cut is refused.
+    may_cut: bool = True
 
     @property
-    def weight(self) -> int:  # what preparing it costs, in characters of text (what the model takes is `Input.cost`)
-        return len(self.instruction) + len(self.text) + (0 if self.image is None else CHUNK_WEIGHT)
+    def weight(self) -> int:
+        """The work of preparing it, in characters of text. `Input.cost` is the model's."""
+        characters = len(self.instruction) + len(self.text)
+        if self.image is None:
+            return characters
+        return characters + IMAGE_WEIGHT
 
 
 @dataclass(slots=True)
-class Input:  # as the model reads it
-    token_ids: np.ndarray  # (length,) int64
-    prefix: tuple[int, ...]  # the first of them, as far as they are its instruction's: at most length - 1
-    image_start: int = 0  # position of the first image token
-    grid: tuple[int, int] = (0, 0)  # rows and columns of patches
-    patches: np.ndarray | None = None  # (rows * columns, 588) uint8: 3 channels of 14 x 14, a token's four together
-    key: bytes = b""  # a digest of all that the embedding depends on
+class Input:
+    """One input as the model reads it: token ids, and the patches of an image."""
+
+    # (length,) int64
+    token_ids: np.ndarray
+    # The leading ids that belong to the instruction. Inputs of a batch share them. At
+    # least one id is left behind them, whose state becomes the embedding.
+    prefix: tuple[int, ...]
+    # The position of the first image token.
+    image_start: int = 0
+    # Rows and columns of patches.
+    grid: tuple[int, int] = (0, 0)
+    # (rows * columns, 588) uint8: 3 channels of 14 x 14. The four patches of an image
+    # token follow one another.
+    patches: np.ndarray | None = None
+    # A digest of all that the embedding depends on.
+    key: bytes = b""
+    # Whether tokens were left out, as the input had too many.
     is_cut: bool = False
 
     @property
     def own_tokens(self) -> int:
+        """Tokens behind the prefix, which the model computes for this input alone."""
         return len(self.token_ids) - len(self.prefix)
 
     @property
-    def cost(self) -> int:  # tokens that the model computes for it
-        return len(self.token_ids) - len(self.prefix)
+    def cost(self) -> int:
+        """What it adds to a batch, in tokens: its own, and a share of its prefix."""
+        return self.own_tokens + len(self.prefix) // PREFIX_SHARE
 
 
 class PixelBudget:
-    """Bounds the pixels that are decoded at a time. Who comes first goes first, however much it takes.
+    """Bounds the pixels that tasks of one event loop decode at a time.
 
-    For tasks of one event loop. What one takes is at most the whole budget.
+    Callers are served in their order, so that a large image is not passed for ever.
+    Asking for more than the whole budget would wait for ever.
     """
 
     def __init__(self, pixels: int) -> None:
+        """A budget of so many pixels, all of them free."""
         self.free = pixels
-        self.turn = asyncio.Lock()  # its waiters are served in their order
+        # It serves its waiters in their order.
+        self.turn = asyncio.Lock()
         self.freed = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def share(self, pixels: int) -> AsyncIterator[None]:
-        """Within the context, so many pixels are one's own."""
+        """Wait for so many pixels, and have them for one's own within the context."""
         async with self.turn:
             while self.free < pixels:
                 self.freed.clear()
@@ -541,20 +587,22 @@ class PixelBudget:
 
 # The gatekeeper: what of an image file may be decoded at all, by its first bytes and its header.
 class TimedFile(io.BytesIO):
-    """A file in memory that can be read until the thread that reads it has used so much time of a processor."""
+    """A file in memory that can be read until its thread's processor time reaches `deadline`."""
 
     def __init__(self, data: bytes) -> None:
+        """The first deadline is that of opening the file."""
         super().__init__(data)
         self.deadline = time.thread_time() + OPEN_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """Raises `InputError` when the deadline is over."""
         if time.thread_time() > self.deadline:
             raise InputError("The image takes too long to read: save it anew, without metadata.")
         return super().read(size)
 
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-# Of what follows 0xFF, all that begins a segment of some length, and the end of a picture.
+# Of what follows 0xFF, all that begins a segment with a length, and the end of an image.
 JPEG_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 JPEG_END = b"\xd9"
 JPEG_SCAN = b"\xda"
@@ -562,6 +610,7 @@ JPEG_EXIF = b"\xe1"
 
 
 def find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
+    """The next marker of `JPEG_MARKER` from this position on, its code as group 1."""
     for start in range(position, len(data), JPEG_WINDOW):
         if marker := JPEG_MARKER.search(data, start, start + JPEG_WINDOW + 1):
             return marker
@@ -571,16 +620,19 @@ def find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
 def check_jpeg(data: bytes) -> None:
     """Raises `InputError` for a JPEG that takes far longer than its size tells.
 
-    Its first picture alone counts: others may follow, as in an MPO, and small ones lie within its EXIF.
+    Its first image alone counts: others may follow, as in an MPO, and small ones lie
+    within its EXIF.
     """
-    scans = exif = 0
+    scans = 0
+    exif = 0
     position = len(JPEG_SIGNATURE) - 1
     for _ in range(MAX_JPEG_SEGMENTS):
         marker = find_marker(data, position)
         if marker is None or (marker[1] == JPEG_END and scans):
             return
         start = position = marker.end()
-        if marker[1] != JPEG_END:  # an end before any picture, which has no length
+        # Only an end, here before any image, has no length.
+        if marker[1] != JPEG_END:
             position += max(2, int.from_bytes(data[start : start + 2]))
         scans += marker[1] == JPEG_SCAN
         exif += marker[1] == JPEG_EXIF and data.startswith(b"Exif\0\0", start + 2)
@@ -590,13 +642,16 @@ def check_jpeg(data: bytes) -> None:
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_DEPTH = 24  # where a PNG says how many bits a sample has
-PNG_CHUNK = struct.Struct(">I4s")  # the length of its content, and its kind; the content and a checksum follow
+# The position of the byte that says how many bits a sample has.
+PNG_DEPTH = 24
+# The length of a chunk's content, and its kind. The content and a checksum follow.
+PNG_CHUNK = struct.Struct(">I4s")
 
 
 def plain_png(data: bytes) -> bytes:
-    """A PNG without the chunks that change no pixel: damage there, or a size beyond Pillow's limits, is no matter.
+    """A PNG without the chunks that change no pixel.
 
+    So damage in these, or a size beyond Pillow's limits, does not matter.
     Raises `InputError` for a file of very many chunks.
     """
     chunks = [data[: len(PNG_SIGNATURE)]]
@@ -627,7 +682,11 @@ def eight_bits(transparent: Any, depth: int) -> Any:
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The header of a file whose pixels can be decoded in little time. Raises `InputError` or `TooLargeError`."""
+    """An image whose header is read, and whose pixels can be decoded in little time.
+
+    Raises `TooLargeError` for too many pixels, `InputError` for a file that takes too
+    long, and what Pillow raises for a broken one.
+    """
     too_large = TooLargeError(f"The image is over {max_pixels} pixels or {MAX_SIDE} a side: scale it down.")
     is_png = data.startswith(PNG_SIGNATURE)
     if is_png:
@@ -639,7 +698,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     file = TimedFile(data)
     try:
         image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:  # twice as many
+    # Pillow raises this above 2 * max_pixels.
+    except Image.DecompressionBombError:
         raise too_large from None
     num_pixels = image.width * image.height
     if num_pixels > max_pixels or max(image.size) > MAX_SIDE:
@@ -652,13 +712,19 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
 
 # The decoder: what a person sees of it.
 def decode(image: Image.Image) -> Image.Image:
-    """The first frame of an opened file, upright, on white where it is transparent, in RGB. Raises `InputError`."""
-    image.load()  # a PNG may have its EXIF behind the pixels
+    """The first frame of an opened file, upright, on white where transparent, in RGB.
+
+    Raises `InputError` for a large EXIF or a file that takes too long, and what Pillow
+    raises for a broken one.
+    """
+    # A PNG may have its EXIF behind the pixels.
+    image.load()
     if len(image.info.get("exif", b"")) > MAX_EXIF:
         raise InputError(f"The image has over {MAX_EXIF} bytes of EXIF: save it without metadata.")
-    with contextlib.suppress(*ODD_EXIF):
+    with contextlib.suppress(*EXIF_ERRORS):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.format == "BMP":  # viewers read past its alpha, which is often zero throughout
+    # Viewers read past a BMP's alpha, which is often zero throughout.
+    if image.format == "BMP":
         return in_mode("RGB", image)
     if image.mode.startswith("I;16"):
         image = high_byte(image)
@@ -668,12 +734,17 @@ def decode(image: Image.Image) -> Image.Image:
 
 
 def in_mode(mode: str, image: Image.Image) -> Image.Image:
-    """Pillow's `convert`, which copies an image that is in that mode already."""
-    return image if image.mode == mode else image.convert(mode)
+    """By Pillow's `convert`, which would copy an image that is in that mode already."""
+    if image.mode == mode:
+        return image
+    return image.convert(mode)
 
 
 def high_byte(image: Image.Image) -> Image.Image:
-    """Of 16-bit grey, as Pillow reads 16-bit colours; its `convert` would make everything from 255 on white."""
+    """16-bit grey as 8-bit grey, in the way in which Pillow reads 16-bit colours.
+
+    Pillow's `convert` would make everything from 255 on white.
+    """
     samples = np.asarray(image)
     grey = Image.fromarray((samples >> 8).astype(np.uint8))
     if "transparency" in image.info:
@@ -682,7 +753,11 @@ def high_byte(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """By `paste`: `alpha_composite`, which gives the same, holds the interpreter ten times as long."""
+    """An image with transparency, laid on white.
+
+    `alpha_composite` gives the same as `paste`, and holds the interpreter ten times as
+    long.
+    """
     image = in_mode("RGBA", image)
     ground = Image.new("RGB", image.size, "white")
     ground.paste(image, mask=image)
@@ -691,7 +766,10 @@ def on_white(image: Image.Image) -> Image.Image:
 
 # The resizer: what the model sees of it.
 def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
-    """The size (width, height) in multiples of 28 pixels to bring an image to: `smart_resize` as published."""
+    """`smart_resize` as published: the size to which an image is resized.
+
+    Both sizes are (width, height) in pixels, the result in multiples of 28.
+    """
     columns, rows = (max(1, round(side / TOKEN)) for side in (width, height))
     if columns * rows > max_tokens:
         shrink = math.sqrt(width * height / (max_tokens * TOKEN**2))
@@ -703,9 +781,10 @@ def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tu
 
 
 def resize(image: Image.Image, max_tokens: int) -> Image.Image:
-    """The two resizes of the authors' code: their own, then that of the published image processor."""
+    """The authors' own resize, and then that of the published image processor."""
     width, height = fitted_size(*image.size, min_tokens=4, max_tokens=16384)
-    first = min(width, 200 * height), min(height, 200 * width)  # the authors' bound on their ratio
+    # The authors' bound on the ratio of the sides.
+    first = (min(width, 200 * height), min(height, 200 * width))
     second = fitted_size(*first, min_tokens=256, max_tokens=max_tokens)
     for size in (first, second):
         if image.size != size:
@@ -715,7 +794,8 @@ def resize(image: Image.Image, max_tokens: int) -> Image.Image:
 
 def to_patches(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
     """The grid and the patches of an `Input`."""
-    pixels = np.asarray(image)  # (height, width, 3)
+    # (height, width, 3)
+    pixels = np.asarray(image)
     rows = pixels.shape[0] // PATCH
     columns = pixels.shape[1] // PATCH
     blocks = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
@@ -725,54 +805,95 @@ def to_patches(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Whatever fails within, with a broken image file, becomes an error that names the input."""
+    """Makes an error of what fails within, with an image file, that names the input.
+
+    Raises `InputError` or `TooLargeError`.
+    """
     try:
         yield
     except ServiceError as error:
         raise type(error)(f"{name}{error}") from None
-    except Exception:  # whatever Pillow raises
+    # For a broken file, Pillow raises nearly anything.
+    except Exception:
         raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
 
+def shared_start(ids: list[int], system_ids: list[int]) -> list[int]:
+    """The ids that both begin with.
+
+    A text's leading white space can merge with the prompt's last line break.
+    """
+    shared = ids[: len(system_ids)]
+    while shared != system_ids[: len(shared)]:
+        shared.pop()
+    return shared
+
+
 class Preparer:
-    """Turns what clients send into what the model reads; thread-safe."""
+    """Turns what clients send into what the model reads. Threads may share it."""
 
     def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
+        """Reads the tokenizer in `directory`. Raises `StartError` if it cannot be used.
+
+        `max_length` is that of a whole sequence in tokens; `max_image_pixels` bound an
+        image as it was sent, `max_image_tokens` as the model sees it.
+        """
         self.tokenizer = read_tokenizer(directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # No token has more characters than the longest has bytes: what follows `max_chars` would be cut in any case.
+        # No token has more characters than the longest has bytes, so that what follows
+        # `max_chars` would be cut in any case.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length = max_length
         self.max_pixels = max_image_pixels
         self.max_image_tokens = max_image_tokens
         self.kept_system_ids = functools.lru_cache(16)(self.system_ids)
-        Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow refuses to open a file of twice as many
+        # For the whole process. Pillow refuses to open a file of twice as many.
+        Image.MAX_IMAGE_PIXELS = max_image_pixels
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
-        """Raises the `InputError` or `TooLargeError` of an input that cannot be used."""
-        encodings = self.tokenizer.encode_batch_fast([self.prompt(one) for one in sources])  # releases the interpreter
-        return [self.prepare(source, encoding.ids) for source, encoding in zip(sources, encodings, strict=True)]
+        """Raises the `InputError` or `TooLargeError` of one that cannot be used."""
+        prompts = [self.prompt(source) for source in sources]
+        # It releases the interpreter.
+        encodings = self.tokenizer.encode_batch_fast(prompts)
+        pairs = zip(sources, encodings, strict=True)
+        return [self.prepare(source, encoding.ids) for source, encoding in pairs]
 
     def count_pixels(self, source: Source) -> int:
-        """Of its image, by the file's header. Raises `InputError` or `TooLargeError` for one that is not decoded."""
+        """How many pixels its image has, by the file's header, and 0 without one.
+
+        Raises `InputError` or `TooLargeError` for an image that is not to be decoded.
+        """
         if source.image is None:
             return 0
         with refusing(source.name), open_image(source.image, self.max_pixels) as image:
             return image.width * image.height
 
     def prompt(self, source: Source) -> str:
-        image = "" if source.image is None else IMAGE_PART
+        """The authors' whole prompt for a source, an image as one `<|image_pad|>`.
+
+        Of a very long instruction or text it has only what may be read.
+        """
+        system_part = SYSTEM_PART.format(source.instruction[: self.max_chars])
+        image_part = "" if source.image is None else IMAGE_PART
         text = source.text[: self.max_chars]
-        return SYSTEM_PART.format(source.instruction[: self.max_chars]) + image + text + END
+        return system_part + image_part + text + END
 
     def system_ids(self, instruction: str) -> list[int]:
-        """The first tokens of a prompt, up to where an image or a text begins."""
-        return self.tokenizer.encode(SYSTEM_PART.format(instruction[: self.max_chars])).ids[: self.max_length]
+        """The first ids of a prompt, up to where an image or a text begins."""
+        system_part = SYSTEM_PART.format(instruction[: self.max_chars])
+        return self.tokenizer.encode(system_part).ids[: self.max_length]
 
     def prepare(self, source: Source, token_ids: list[int]) -> Input:
-        keeps = len(source.instruction) <= MAX_KEPT_INSTRUCTION
-        system_ids = (self.kept_system_ids if keeps else self.system_ids)(source.instruction)
+        """The `Input` of a source and the ids of its prompt, its image decoded.
+
+        Raises `InputError` or `TooLargeError`.
+        """
+        read = self.system_ids
+        if len(source.instruction) <= MAX_KEPT_INSTRUCTION:
+            read = self.kept_system_ids
+        system_ids = read(source.instruction)
+
         start = 0
         grid = (0, 0)
         patches = None
@@ -781,34 +902,50 @@ class Preparer:
                 grid, patches = to_patches(resize(decode(image), self.max_image_tokens))
             start = len(system_ids) + 1
             token_ids = self.with_image(source, token_ids, start, len(patches) // 4)
+
         ids = self.cut(source, token_ids)
-        prefix = ids[: min(len(system_ids), len(ids) - 1)]
-        while prefix != system_ids[: len(prefix)]:  # a text's leading white space makes one token with the last "\n"
-            prefix.pop()
+        prefix = shared_start(ids[:-1], system_ids)
         key = hashlib.sha256(repr((ids, start, grid)).encode())
-        key.update(b"" if patches is None else patches.data)
-        return Input(np.array(ids, np.int64), tuple(prefix), start, grid, patches, key.digest())
+        if patches is not None:
+            key.update(patches.data)
+        return Input(
+            token_ids=np.array(ids, np.int64),
+            prefix=tuple(prefix),
+            image_start=start,
+            grid=grid,
+            patches=patches,
+            key=key.digest(),
+            is_cut=len(ids) < len(token_ids),
+        )
 
     def with_image(self, source: Source, token_ids: list[int], start: int, image_tokens: int) -> list[int]:
-        """The ids with so many image tokens in place of the one that is at `start`. Raises `InputError`."""
-        if start + image_tokens > self.max_length:
-            needed = f"{source.name}The image's {image_tokens} tokens and those before it are over {self.max_length}"
-            raise InputError(f"{needed}: shorten the prompt, or raise GME_MAX_LENGTH.")
+        """The ids with so many image tokens in place of the one that is at `start`.
+
+        Raises `InputError` if they do not fit.
+        """
+        room = max(0, self.max_length - start)
+        if image_tokens > room:
+            raise InputError(
+                f"{source.name}The image has {image_tokens} tokens, and the prompt before it leaves"
+                f" {room} of the {self.max_length} that this server reads:"
+                " send a smaller image or a shorter prompt."
+            )
         return token_ids[:start] + image_tokens * [token_ids[start]] + token_ids[start + 1 :]
 
     def cut(self, source: Source, token_ids: list[int]) -> list[int]:
-        """As many of the ids as are read. Raises `InputError` for a source that may not be cut."""
-        most = self.max_length
+        """As many of the ids as are read.
+
+        Raises `InputError` for a source that may not be cut.
+        """
+        limit = self.max_length
         if source.max_tokens is not None and source.image is None:
-            most = min(most, source.max_tokens)
-        if len(token_ids) <= most:
-            return token_ids
-        if not source.may_cut:
-            is_longer = max(len(source.text), len(source.instruction)) > self.max_chars
-            count = f"{'at least ' if is_longer else ''}{len(token_ids)} tokens"
-            raise InputError(f"{source.name}The input has {count}, over {most}: shorten it, or allow it to be cut.")
-        TRUNCATED.inc()
-        return token_ids[:most]
+            limit = min(limit, source.max_tokens)
+        if len(token_ids) > limit and not source.may_cut:
+            count = f"{len(token_ids)} tokens"
+            if max(len(source.text), len(source.instruction)) > self.max_chars:
+                count = f"at least {count}"
+            raise InputError(f"{source.name}The input has {count}, over {limit}: shorten it, or allow it to be cut.")
+        return token_ids[:limit]
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model

@@ -22,7 +22,6 @@ from conftest import IMAGES, TOY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from prometheus_client import REGISTRY
 from tokenizers import Tokenizer
 
 import gme_service as gme
@@ -78,10 +77,9 @@ def test_image_tokens_are_placed_by_position(instruction: str) -> None:
 @pytest.mark.parametrize("most", [1, 2, 9, 20, 40])  # the first two end within the instruction
 def test_a_text_is_cut_at_the_tokens_that_it_asks_for(most: int) -> None:
     text = "one two three four five six seven eight nine ten"
-    before = truncated()
     one = prepared(gme.Source(text, max_tokens=most))
     assert one.token_ids.tolist() == ids(text)[:most]
-    assert truncated() == before + 1
+    assert one.is_cut
 
 
 def test_a_text_is_cut_at_the_service_s_tokens_where_it_asks_for_more_or_for_none() -> None:
@@ -102,12 +100,11 @@ def test_an_input_that_may_not_be_cut_is_refused_with_the_number_of_its_tokens()
         gme.Source("word " * 10**6, may_cut=False): " at least ",  # whose rest nobody has counted
         gme.Source("word " * 2000, PHOTO, may_cut=False): "over 1800:",
     }
-    before = truncated()
     for source, words in sources.items():
         assert words in str(refused(source, "The input"))
-    assert truncated() == before
-    fits = gme.Source("word " * 50, max_tokens=len(whole), may_cut=False)
-    assert prepared(fits).token_ids.tolist() == whole
+    fits = prepared(gme.Source("word " * 50, max_tokens=len(whole), may_cut=False))
+    assert fits.token_ids.tolist() == whole
+    assert not fits.is_cut
 
 
 @pytest.mark.parametrize("piece", ["a", "\n", "multimodal ", "<|object_ref_start|>", "u\u0308\u0304", "ᄒ\u1161\u11ab"])
@@ -127,14 +124,17 @@ def test_a_prompt_that_fills_the_length_is_cut_as_the_whole_is(text: str) -> Non
 
 def test_behind_an_image_a_text_is_cut_and_the_image_is_not() -> None:
     whole = prepared(gme.Source("", PHOTO))
+    assert not whole.is_cut
     end = whole.image_start + tokens(whole)
     for spare in (0, 1, 5):
         one = prepared(gme.Source("word " * 3000, PHOTO), gme.Preparer(TOY, end + spare, LIMIT))
         assert one.token_ids.tolist() == ids("word " * 3000, image_tokens=tokens(whole))[: end + spare]
+        assert one.is_cut
     one_too_few = gme.Preparer(TOY, end - 1, LIMIT)
-    assert f"{tokens(whole)} tokens" in str(refused(gme.Source("", PHOTO), preparer=one_too_few))
-    for words in (1800, 5000, 200_000):
-        assert "GME_MAX_LENGTH" in str(refused(gme.Source("", PHOTO, "word " * words)))
+    numbers = f"has {tokens(whole)} tokens, and the prompt before it leaves {tokens(whole) - 1} of the {end - 1} "
+    assert numbers in str(refused(gme.Source("", PHOTO), preparer=one_too_few))
+    for words in (1800, 5000, 200_000):  # of the prompt, which leaves nothing
+        assert "leaves 0 of the 1800 that this server reads" in str(refused(gme.Source("", PHOTO, "word " * words)))
 
 
 # ----------------------------------------------------------------------------------------- pictures: what is seen
@@ -510,6 +510,14 @@ async def test_who_is_cancelled_or_fails_gives_its_share_of_the_pixels_back() ->
     assert budget.free == 10
 
 
+@pytest.mark.parametrize(("words", "share"), [(1, 0), (100, 12), (400, 50)])
+def test_a_long_instruction_adds_to_the_cost_of_each_input_as_attention_copies_it(words: int, share: int) -> None:
+    one = prepared(gme.Source("a red circle", None, "word " * words))
+    assert 32 * share <= len(one.prefix) < 32 * share + 32
+    assert one.own_tokens == prepared(gme.Source("a red circle")).own_tokens
+    assert one.cost == one.own_tokens + share
+
+
 def test_threads_prepare_side_by_side() -> None:
     sources = [gme.Source(f"text {n}", PHOTO if n % 2 else None, f"Instruction {n % 3}.") for n in range(40)]
     with ThreadPoolExecutor(4) as threads:
@@ -574,7 +582,7 @@ def test_the_key_is_equal_where_the_model_sees_the_same() -> None:
 def prepared(source: gme.Source, preparer: gme.Preparer = prepare) -> gme.Input:
     (result,) = preparer([source])
     assert result.token_ids[: len(result.prefix)].tolist() == list(result.prefix)
-    assert result.cost == len(result.token_ids) - len(result.prefix) >= 1
+    assert result.own_tokens == len(result.token_ids) - len(result.prefix) >= 1
     return result
 
 
@@ -590,10 +598,6 @@ def ids(text: str, instruction: str = "You are a helpful assistant.", image_toke
     image = f"<|vision_start|>{PAD * image_tokens}<|vision_end|>" if image_tokens else ""
     prompt = f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{image}{text}<|im_end|>\n"
     return tokenizer.encode(f"{prompt}<|im_start|>assistant\n<|endoftext|>").ids
-
-
-def truncated() -> float:
-    return REGISTRY.get_sample_value("gme_truncated_inputs_total") or 0
 
 
 def tokens(one: gme.Input) -> int:

@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import uvicorn
 from conftest import IMAGES, ROOT, TOY, Patch, Start, free_port, run
 from PIL import Image
+from torch.nn import functional
 
 import gme_service as gme
 
@@ -81,6 +84,37 @@ def test_the_toy_of_a_module_without_its_repository_is_a_sentence(tmp_path: Path
     assert (end.returncode, end.stdout) == (78, "")
     (sentence,) = end.stderr.splitlines()
     assert str(tmp_path / "tests" / "models") in sentence
+
+
+def without_memory(*_: object, **__: object) -> None:
+    torch.empty(2**55)  # raises what torch raises where a machine has too little
+
+
+def without_gpu_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 892.00 MiB.")
+
+
+@pytest.mark.parametrize("fail", [without_memory, without_gpu_memory])
+@pytest.mark.parametrize(("owner", "name"), [(torch.Tensor, "to"), (functional, "normalize")], ids=["load", "probe"])
+def test_a_model_that_does_not_fit_into_memory_is_a_sentence_and_systemd_tries_again(
+    monkeypatch: Patch, owner: object, name: str, fail: Callable[..., None]
+) -> None:
+    settings = gme.Settings.load()
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(gme.StartLaterError) as stop:
+        gme.load(settings)
+    assert stop.value.exit_code == 1
+    for part in (settings.model_id, "memory", " cpu", "GME_DEVICE"):
+        assert part in str(stop.value)
+
+
+def test_another_fault_while_the_model_is_loaded_is_not_told_as_a_lack_of_memory(monkeypatch: Patch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(functional, "normalize", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        gme.load(gme.Settings.load())
 
 
 @pytest.mark.parametrize(

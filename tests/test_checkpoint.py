@@ -34,8 +34,8 @@ READ_FILES = ["config.json", "preprocessor_config.json", "tokenizer.json", "mode
 # Of the published models, where both have them: layers, heads of vision, and so on.
 VISION = {"vision_width": 1280, "vision_layers": 32, "vision_heads": 16, "vision_inner": 5120}
 PUBLISHED = {
-    "2B": {"width": 1536, "layers": 28, "heads": 12, "groups": 2, "inner": 8960, "vocabulary": 151936, **VISION},
-    "7B": {"width": 3584, "layers": 28, "heads": 28, "groups": 4, "inner": 18944, "vocabulary": 152064, **VISION},
+    "2B": {"width": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "inner": 8960, "vocabulary": 151936, **VISION},
+    "7B": {"width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "inner": 18944, "vocabulary": 152064, **VISION},
 }
 PARAMETERS = {"2B": 2_208_985_600, "7B": 7_746_378_240}  # without the `lm_head` that the 7B has, and nothing reads
 
@@ -133,7 +133,7 @@ def test_a_configuration_that_cannot_be_is_refused_with_the_field(
     path = published("2B", tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     sentence = refusal_of_config(tmp_path)
-    assert sentence.startswith(f"{path} is not as that of a Qwen2-VL: ")
+    assert sentence.startswith(f"{path} does not describe a Qwen2-VL: ")
     assert named in sentence
 
 
@@ -281,6 +281,13 @@ def test_a_checkpoint_is_whole_when_every_file_that_is_read_is(by_hand: Path, na
         assert gme.find_fault(by_hand) == "model.safetensors is missing"  # which needs no index
     else:
         assert gme.find_fault(by_hand) == f"{name} is missing"
+
+
+def test_an_index_that_names_no_weights_is_fetched_again(hub: Hub, by_hand: Path) -> None:
+    (by_hand / gme.WEIGHT_INDEX).write_text('{"weight_map": {}}')
+    assert gme.find_fault(by_hand).startswith(f"{gme.WEIGHT_INDEX} is damaged (weight_map: ")
+    gme.find_checkpoint(gme.Settings.load())
+    assert contents(by_hand) == contents(TOY)
 
 
 def test_a_shard_with_wrong_bytes_is_refused(hub: Hub, checkpoint: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_device_whose_memory_is_still_taken_is_tried_again_by_systemd(monkeypa
 @pytest.mark.parametrize(
     ("name", "device", "features", "dtype"),
     [
-        ("auto", "cuda", {}, torch.float16),  # as published
+        ("auto", "cuda", {}, torch.float16),
         ("auto", "cpu", {"avx2": True, "avx512_bf16": False}, torch.float32),
         ("auto", "cpu", {"avx512_bf16": True}, torch.bfloat16),  # where it computes it natively
         ("float16", "cpu", {"avx512_bf16": True}, torch.float16),

@@ -191,6 +191,7 @@ def test_the_answer_is_openais_list_object_with_the_tokens_that_the_model_read(c
 def test_models_and_health_say_what_runs_where(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert model.items() >= {"id": "toy/shapes", "object": "model", "dimension": 128, "max_length": 1800}.items()
+    assert model["model_type"] == "embedding"  # without it, Xinference's client ends in a KeyError
     health = client.get("/health").json()
     assert re.fullmatch(r"\d+\.\d+\.\d+", health.pop("version"))
     where = {"model": "toy/shapes", "device": "cpu", "dtype": "float32", "dimension": 128}

@@ -43,6 +43,11 @@ READERS = 16  # files that a worker reads at a time
 PROGRESS_SECONDS = 5
 LIVES = 3  # tries of a part whose worker dies
 
+CONTENT = {  # what the type of a column may be; a null type is a column without a value
+    "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null),
+    "image": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct, pa.types.is_null),
+}
+
 
 Part = dict[str, list[Any]]  # columns of inputs that are computed and written together
 
@@ -69,7 +74,7 @@ class Folder:
     def at(cls, place: str) -> "Folder":
         """A path, or a URI that pyarrow or fsspec knows, as for Ray's readers. Raises `JobError`."""
         if "://" not in place:
-            return cls(fs.LocalFileSystem(), str(Path(place).absolute()))
+            return cls(fs.LocalFileSystem(), str(Path(place).resolve()))
         try:
             filesystem, root = fs.FileSystem.from_uri(place)
             return cls(filesystem, root.rstrip("/"))
@@ -85,10 +90,13 @@ class Folder:
         return f"{self.root}/{name}"
 
     def files(self, recursive: bool = True) -> list[str]:
-        """The names, relative to the folder, in order."""
+        """The names, relative to the folder, in order. Raises `JobError` for one that is not UTF-8."""
         found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=recursive))
         start = len(self.root) + 1
-        return sorted(one.path[start:] for one in found if one.is_file)
+        try:
+            return sorted(one.path[start:] for one in found if one.is_file)
+        except UnicodeDecodeError as error:
+            raise JobError(f"The name of {error.object!r} is not UTF-8: rename the file.") from None
 
     def read(self, name: str, most: int = 2**20) -> bytes:
         """Raises `ItemError` for a file that cannot be read, or has more than `most` bytes."""
@@ -110,11 +118,12 @@ class Folder:
 
 @dataclass(frozen=True)
 class Item:
-    """What is in one input: a text, an image's bytes or the name of its file, or both."""
+    """What is in one input: a text, an image's bytes or the name of its file, or both; or why it cannot be read."""
 
     text: str | None = None
     image: bytes | None = None
     file: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ class Rows:
 
     def find_in_file(self, name: str) -> list[pa.Table]:
         parquet = self.folder.parquet(name)
-        self.check_columns(name, parquet.schema_arrow.names)
+        self.check_columns(name, parquet.schema_arrow)
         tables = []
         for group in range(parquet.num_row_groups):
             ids = parquet.read_row_group(group, columns=["id"])["id"]
@@ -165,12 +174,17 @@ class Rows:
             tables.append(pa.table(columns))
         return tables
 
-    def check_columns(self, name: str, columns: Sequence[str]) -> None:
-        place, names = self.folder.path(name), ", ".join(columns)
+    def check_columns(self, name: str, schema: pa.Schema) -> None:
+        place, columns, names = self.folder.path(name), schema.names, ", ".join(schema.names)
         if "id" not in columns:
             raise JobError(f"{place} has no column `id`, which names each row: it has {names}.")
         if not {"text", "image"} & set(columns):
             raise JobError(f"{place} has no column `text` and no column `image`: it has {names}.")
+        for column in {"text", "image"} & set(columns):
+            kind = schema.field(column).type
+            if not any(is_of(kind) for is_of in CONTENT[column]):
+                wanted = "texts" if column == "text" else "the bytes of image files"
+                raise JobError(f"{place}: the column `{column}` has {kind} where {wanted} should be.")
 
     def check_ids(self, ids: pa.ChunkedArray) -> None:
         if ids.null_count:
@@ -189,10 +203,14 @@ class Rows:
         return Item(**{name: column[row].as_py() for name, column in self.kept[file, group].items()})
 
     def read_row_group(self, file: str, group: int) -> dict[str, pa.ChunkedArray]:
-        """Its texts and images."""
+        """Its texts and images, or in their place for each row the error why they cannot be read."""
         parquet = self.folder.parquet(file)
         names = [name for name in ("text", "image") if name in parquet.schema_arrow.names]
-        table = parquet.read_row_group(group, columns=names)
+        try:
+            table = parquet.read_row_group(group, columns=names)
+        except (pa.ArrowInvalid, OSError) as error:
+            why = f"Row group {group} of {file} cannot be read: {error}"
+            return {"error": pa.chunked_array([pa.repeat(why, parquet.metadata.row_group(group).num_rows)])}
         columns = {name: table[name] for name in names}
         if "image" in columns and pa.types.is_struct(columns["image"].type):  # as Hugging Face's datasets have it
             columns["image"] = pc.struct_field(columns["image"], "bytes")
@@ -266,7 +284,14 @@ class Output:
         vectors = pa.FixedSizeListArray.from_arrays(numbers.ravel(), dimension, mask=pa.array(failed))
         errors = pa.array([one if isinstance(one, str) else None for one in embeddings], pa.string())
         table = pa.table({self.key: pa.array(keys, self.key_type), "embedding": vectors, "error": errors})
-        self.put(f"{self.run}-{name}.parquet", functools.partial(pq.write_table, table, use_dictionary=False))
+        self.put(self.file(name), functools.partial(pq.write_table, table, use_dictionary=False))
+
+    def file(self, name: str) -> str:
+        """Of a part."""
+        return f"{self.run}-{name}.parquet"
+
+    def is_written(self, name: str) -> bool:
+        return self.folder.filesystem.get_file_info(self.folder.path(self.file(name))).is_file
 
     def owner(self) -> str:
         """The file that is there as long as this run owns the folder: object stores know no folder."""
@@ -349,6 +374,8 @@ class Embedder:
 
     async def source(self, item: Item) -> Any:
         """Raises `ItemError`."""
+        if item.error is not None:
+            raise ItemError(item.error)
         image = item.image
         if item.file is not None:
             most = int(self.settings.max_body_mb * 2**20)
@@ -454,8 +481,11 @@ def duration(seconds: float) -> str:
 class Job:
     """Gives the workers one part after the other."""
 
-    def __init__(self, workers: Sequence[Any], description: dict[str, Any], inputs: pa.Table, seconds: float) -> None:
-        self.workers, self.description, self.inputs, self.seconds = workers, description, inputs, seconds
+    def __init__(
+        self, workers: Sequence[Any], output: Output, description: dict[str, Any], inputs: pa.Table, seconds: float
+    ) -> None:
+        self.workers, self.output, self.description = workers, output, description
+        self.inputs, self.seconds = inputs, seconds
         self.given = 0  # inputs of the table that are in a part
         self.again: list[Part] = []  # parts whose worker has died
         self.sizes = dict.fromkeys(workers, FIRST_PART)
@@ -464,16 +494,17 @@ class Job:
     def run(self, progress: Progress) -> None:
         """Raises `JobError` when it cannot go on."""
         idle = list(self.workers)
-        under_way: dict[Any, tuple[Any, Part]] = {}
+        under_way: dict[Any, tuple[Any, str, Part]] = {}
         while True:
             while idle and (part := self.next_part(idle[-1])):
                 worker = idle.pop()
-                answer = worker.embed.remote(self.next_name(), part, self.description)
-                under_way[answer] = worker, part
+                name = self.next_name()
+                answer = worker.embed.remote(name, part, self.description)
+                under_way[answer] = worker, name, part
             if not under_way:
                 return
             (answer,), _ = ray.wait(list(under_way))
-            worker, part = under_way.pop(answer)
+            worker, name, part = under_way.pop(answer)
             idle.append(worker)
             size = len(next(iter(part.values())))
             try:
@@ -482,7 +513,10 @@ class Job:
                 self.sizes[worker] = min(max(fitting, 1), 4 * size, LARGEST_PART)
                 progress.add(size, failed)
             except RayActorError:
-                self.isolate(worker, part, size, progress)
+                if self.output.is_written(name):  # the worker died between its file and its answer
+                    progress.add(size, 0)
+                else:
+                    self.isolate(worker, part, size, progress)
 
     def next_name(self) -> str:
         self.names += 1
@@ -516,13 +550,14 @@ def embed_collection(arguments: argparse.Namespace) -> None:
     """Raises `JobError`, `OSError`, or `RayTaskError` with one of them as its cause."""
     collection, inputs = find_inputs(arguments.input)
     place = Folder.at(arguments.output)
-    if f"{place.root}/".startswith(f"{collection.folder.root}/"):
+    if f"{place.root}/".startswith(f"{Folder.at(arguments.input).root}/"):
         raise JobError(f"{arguments.output} lies in {arguments.input}: choose a folder elsewhere.")
     ray.init(logging_level="error", log_to_driver=False)
     output = Output(place, uuid.uuid4().hex[:8], collection.key, inputs.schema.field(collection.key).type)
     number, options = worker_options(arguments.workers)
     actor = ray.remote(max_restarts=-1, max_task_retries=LIVES - 1)(Worker).options(**options)
     workers = [actor.remote(collection, output, arguments.prompt) for _ in range(number)]
+    print(f"{len(inputs)} inputs. Waiting for a worker (of {number}) that has loaded the model ...", flush=True)
     try:
         loaded, _ = ray.wait([worker.describe.remote() for worker in workers])
         description = ray.get(loaded[0])
@@ -532,7 +567,7 @@ def embed_collection(arguments: argparse.Namespace) -> None:
     left = inputs.filter(pc.invert(pc.is_in(inputs[collection.key], output.finished())))
     progress = Progress(total=len(inputs), before=len(inputs) - len(left))
     progress.start()
-    Job(workers, description, left, arguments.save_every).run(progress)
+    Job(workers, output, description, left, arguments.save_every).run(progress)
     output.release()
     progress.finish()
 

@@ -51,7 +51,7 @@ def read_options() -> argparse.Namespace:
 def find_pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         sys.exit(f"There is no folder {folder}.")
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     if not pictures:
         sys.exit(f"There is no picture in {folder}: I look for files that end with {', '.join(sorted(ENDINGS))}.")
     return pictures

@@ -365,6 +365,7 @@ HOSTILE = {  # nearly all that a body may have, and the statuses that it may get
     "base64 in pieces": (b'{"input": [{"image": "%s"}]}' % (b"aa " * (MB31 // 3)), {400}),
     "base64 in percents": (b'{"input": [{"image": "%s"}]}' % (b"%41" * (MB31 // 3)), {400}),
     "half pairs": (b'{"texts": ["%s"]}' % (b"\\ud83d" * (MB31 // 6)), {200}),
+    "half pairs between letters": (b'{"texts": ["%s"]}' % (b"\\ud83da" * (MB31 // 7)), {200}),
     "parameters": (b'{"input": "data:a/b%s"}' % (b";" * MB31), {200}),
     "texts in a message": (
         b'{"input": 1, "messages": [{"role": "user", "content": [%s{}]}]}'

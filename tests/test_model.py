@@ -249,6 +249,15 @@ def test_on_cuda_no_operation_mixes_devices() -> None:
     assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (3, MODEL.dimension))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.9999), (torch.float16, 0.999)])
+def test_on_a_gpu_the_vectors_are_the_authors(dtype: torch.dtype, least: float) -> None:
+    model = gme.Model(TOY, gme.Config.read(TOY), torch.device("cuda"), dtype)
+    model.check(prepare(PROBES))
+    for batch in mixed_batches(range(len(GOLDEN))):
+        assert_golden(model, *batch, least=least)
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [

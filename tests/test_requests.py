@@ -147,7 +147,7 @@ def test_an_item_is_a_text_an_image_or_both(item: object, content: gme.Content) 
         ({"type": "image_url", "image_url": {"url": URI, "pages": 2}}, "pages"),
         ({"content": []}, "content"),
         ({"content": {}}, "content"),
-        ({"content": ["a"]}, "content part"),
+        ({"content": ["a"]}, "Input 1: content: "),
         ({"content": PARTS, "role": "user"}, "role"),
         ({"content": [PARTS[1], PARTS[1]]}, "two images"),
         ({"image": "https://example.com/a.png"}, "no URL is fetched"),
@@ -172,6 +172,7 @@ def test_what_is_neither_is_refused_by_the_name_that_was_sent(item: object, word
         URI,
         f" \n{URI.replace('data:image/png;base64', 'DATA:Image/PNG;Base64')}",
         f"data:;base64,{ENCODED}",
+        f"data:image;base64,{ENCODED}",
         f"data:image/png,{ENCODED}",
         f"data:application/octet-stream;base64,{ENCODED}",
         f'data:image/png;name="a, b.png";base64,{ENCODED}',
@@ -243,6 +244,7 @@ USER = {"role": "user", "content": PARTS, "name": "me"}
         ([{"role": "user", "content": "a"}], ("", ("a", None))),
         ([{"role": "user", "content": URI}], ("", ("", FILE))),
         ([SYSTEM, USER], (QUERY_PROMPT, ("drawn", FILE))),
+        *(([{"role": "system", "content": nothing}, USER], ("", ("drawn", FILE))) for nothing in (None, "", [])),
         ([{"role": "system", "content": [{"type": "text", "text": "Find."}]}, USER], ("Find.", ("drawn", FILE))),
         *(
             ([USER, {"role": "assistant", "content": nothing, "tool_calls": None}], ("", ("drawn", FILE)))
@@ -275,6 +277,7 @@ def test_a_conversation_of_one_turn_is_an_item(messages: object, read: tuple[str
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "input_audio"),
         ([{"role": "user", "content": [PARTS[1], PARTS[1]]}], "image_url"),
         ([{"role": "system", "content": PARTS}, USER], "image_url"),
+        ([{"role": "system", "content": URI}, USER], "image_url"),
     ],
 )
 def test_another_conversation_is_refused_by_name(messages: object, word: str) -> None:

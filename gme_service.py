@@ -3160,8 +3160,9 @@ def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
     started = time.perf_counter()
     settings = Settings.load()
-    _, model, batcher = load(settings)
+    # First, as a process that is the first of its container ignores a SIGTERM without a handler.
     exit_0_at_sigterm()
+    _, model, batcher = load(settings)
     log.info(
         "GME Service %s: %s from %s on %s in %s, %d dimensions, loaded in %.1f s; %s.",
         __version__,

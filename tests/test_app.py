@@ -78,6 +78,23 @@ def test_what_is_loaded_is_said_before_it_is_read(tmp_path: Path) -> None:
     assert "Downloading toy/shapes" in second
 
 
+def test_sigterm_while_it_starts_ends_it_with_0(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "gme_service:app"],
+            cwd=ROOT,
+            env=os.environ | {"GME_MODEL_DIR": str(tmp_path), "MODELSCOPE_ENDPOINT": endpoint},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            while "Downloading" not in process.stderr.readline():
+                pass
+            process.terminate()
+            assert process.wait(60) == 0
+
+
 def test_the_toy_of_a_module_without_its_repository_is_a_sentence(tmp_path: Path) -> None:
     shutil.copy(ROOT / "gme_service.py", tmp_path)
     end = run(str(tmp_path / "gme_service.py"), "--toy")

@@ -214,7 +214,7 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
         except ValidationError as error:
             field_name, message = first_fault(error)
             raise StartError(f"GME_{field_name.upper()} cannot be used: {message}.") from None
-        except RuntimeError as error:
+        except RuntimeError as error:  # expanduser finds no home
             raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
 
     @classmethod
@@ -246,9 +246,9 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
     The words do not end with a full stop.
     """
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    field_name = ".".join(map(str, faults[0]["loc"]))
-    return field_name, faults[0]["msg"].removeprefix("Value error, ")
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field_name = ".".join(map(str, fault["loc"]))
+    return field_name, fault["msg"].removeprefix("Value error, ")
 
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
@@ -284,12 +284,12 @@ def weight_files(directory: Path) -> set[Path]:
 
 
 def find_fault(directory: Path) -> str | None:
-    """What a checkpoint lacks, as "config.json is missing"; none when it is whole.
+    """What a checkpoint lacks, as "config.json is missing"; None when it is whole.
 
     A file is damaged when it is cut or cannot be parsed; `Config.read` judges what it says.
     Raises `StartError` for a file that is there and cannot be read, which no download mends.
     """
-    path = directory
+    # `path` is the file of which the errors below tell.
     try:
         for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
             path = directory / name
@@ -580,6 +580,7 @@ OPEN_SECONDS = 1
 PIXELS_PER_SECOND = 10_000_000
 # Scans and EXIF segments. A photo has about ten scans, each a pass over all pixels.
 MAX_JPEG_PARTS = 30
+# Segments of every kind: a step in Python for each.
 MAX_JPEG_SEGMENTS = 10_000
 # Bytes that are searched in one go. It holds the interpreter for 20 ms at most.
 JPEG_WINDOW = 1 << 20
@@ -897,7 +898,7 @@ def to_patches(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Makes an error of what fails within, with an image file, that names the input.
+    """What fails within, with an image file, becomes an error that begins with the input's name.
 
     Raises `InputError` or `TooLargeError`.
     """
@@ -933,8 +934,8 @@ class Preparer:
         self.tokenizer = read_tokenizer(directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # No token has more characters than the longest has bytes, so that what follows
-        # `max_chars` would be cut in any case.
+        # The vocabulary writes each byte as one character. So no token is of more characters
+        # than its longest name, and what follows `max_chars` would be cut in any case.
         self.max_chars = max_length * max(map(len, self.tokenizer.get_vocab()))
         self.max_length = max_length
         self.max_pixels = max_image_pixels
@@ -949,7 +950,7 @@ class Preparer:
         # It releases the interpreter.
         encodings = self.tokenizer.encode_batch_fast(prompts)
         pairs = zip(sources, encodings, strict=True)
-        return [self.prepare(source, encoding.ids) for source, encoding in pairs]
+        return [self.to_input(source, encoding.ids) for source, encoding in pairs]
 
     def count_pixels(self, source: Source) -> int:
         """How many pixels its image has, by the file's header, and 0 without one.
@@ -976,15 +977,15 @@ class Preparer:
         system_part = SYSTEM_PART.format(instruction[: self.max_chars])
         return self.tokenizer.encode(system_part).ids[: self.max_length]
 
-    def prepare(self, source: Source, token_ids: list[int]) -> Input:
+    def to_input(self, source: Source, token_ids: list[int]) -> Input:
         """The `Input` of a source and the ids of its prompt, its image decoded.
 
         Raises `InputError` or `TooLargeError`.
         """
-        read = self.system_ids
         if len(source.instruction) <= MAX_KEPT_INSTRUCTION:
-            read = self.kept_system_ids
-        system_ids = read(source.instruction)
+            system_ids = self.kept_system_ids(source.instruction)
+        else:
+            system_ids = self.system_ids(source.instruction)
 
         start = 0
         grid = (0, 0)
@@ -1090,10 +1091,6 @@ def torch_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return torch_linear_silu(x, gate, None).mul_(functional.linear(x, up))
 
 
-def torch_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(query, key, value)
-
-
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
@@ -1122,7 +1119,7 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat(chunks).view_as(query)
 
 
-TORCH = Kernels(functional.linear, torch_linear_silu, torch_gated, torch_attend)
+TORCH = Kernels(functional.linear, torch_linear_silu, torch_gated, functional.scaled_dot_product_attention)
 
 
 def onednn_agrees(dtype: torch.dtype) -> bool:
@@ -1479,7 +1476,7 @@ class Decoder(nn.Module):
 
 
 class Qwen2VL(nn.Module):
-    """The network, whose attribute tree has the names of the published checkpoint."""
+    """The network, whose attribute tree has the names of the published checkpoint. `Model.forward` runs it."""
 
     def __init__(self, config: Config, kernels: Kernels = TORCH) -> None:
         super().__init__()
@@ -1521,12 +1518,12 @@ def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, d
     Raises `StartError` for a weight that is missing or misshapen.
     """
     for path, module in network.named_modules():
-        kind = dtype if isinstance(module, Linear | nn.Embedding) else torch.float32
+        weight_dtype = dtype if isinstance(module, Linear | nn.Embedding) else torch.float32
         for leaf, parameter in module.named_parameters(recurse=False):
             pack = module.kernels.pack if isinstance(module, Linear) and leaf == "weight" else None
-            # A copy in any case, as the file may change.
+            # A copy in any case, as the file may change: `pack` makes one, or `to` does.
             parts = [
-                reader.read(name, shape).to(device, kind, copy=pack is None)
+                reader.read(name, shape).to(device, weight_dtype, copy=pack is None)
                 for name, shape in stored_parts(path, module, leaf, parameter)
             ]
             weight = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -1598,7 +1595,7 @@ class Model:
         starts = stops - lengths
         token_ids = self.to_device([inputs[index].token_ids[len(prefix) :] for index in order])
         positions = self.to_device([np.arange(len(prefix), len(prefix) + length) for length in lengths[order]])
-        pooled = self.to_device([stops - 1])
+        pooled = self.to_device([stops - 1])  # in the order of `inputs`, and so are the embeddings
 
         hidden = self.network.model.embed_tokens(token_ids).float()  # (N, D)
         self.put_images(hidden, inputs, starts)
@@ -1678,7 +1675,7 @@ class Model:
 
         Raises `StartError` when the vectors are not finite, or differ by more than rounding.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (16, 588), np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (16, 3 * PATCH**2), np.uint8)
         # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it.
         with_image = replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise)
         inputs = [with_image, *texts[1:]]
@@ -1746,9 +1743,6 @@ MODEL_SECONDS = Histogram("gme_model_seconds", "Time that the model takes for on
 BATCH_INPUTS = Histogram("gme_batch_inputs", "Distinct inputs in one batch.", buckets=[2**n for n in range(12)])
 CACHE_HITS = Counter("gme_cache_hits", "Inputs answered from the cache of recent embeddings.")
 
-# In place of a source that has been prepared, so that its image is freed.
-PREPARED = Source()
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -1776,6 +1770,7 @@ class Job:
     ended: asyncio.Future[None]
     waiting: list[Waiting] = field(default_factory=list)  # in the client's order
     unanswered: int = 0
+    tokens: int = 0  # of the inputs that are prepared
 
 
 def place_of(waiting: Waiting) -> tuple[float, int]:
@@ -1879,12 +1874,11 @@ class Batcher:
         try:
             await job.ended
             embeddings = np.array([waiting.embedding for waiting in job.waiting])
-            tokens = sum(len(waiting.input.token_ids) for waiting in job.waiting if waiting.input is not None)
         finally:
             self.end(job)
         if not np.isfinite(embeddings).all():
             raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
-        return embeddings, tokens
+        return embeddings, job.tokens
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -1967,6 +1961,7 @@ class Batcher:
     def answer(self, waiting: Waiting, embedding: np.ndarray) -> None:
         job = waiting.job
         waiting.embedding = embedding
+        waiting.input = None  # its patches would stay until the job ends
         job.unanswered -= 1
         self.unanswered -= 1
         if job.unanswered == 0 and not job.ended.done():
@@ -2070,8 +2065,8 @@ class Batcher:
         if isinstance(result, ServiceError):
             self.fail(waiting, result)
             return
-        waiting.source = PREPARED
         waiting.input = result
+        waiting.job.tokens += len(result.token_ids)
         TRUNCATED.inc(result.is_cut)
         if result.key in self.cache:
             CACHE_HITS.inc()
@@ -2090,14 +2085,14 @@ class Batcher:
             if not batch:
                 await self.changed.wait()
                 continue
-            turns = self.turns_of(len(batch))
+            # Now and not when it is computed: a request that comes meanwhile begins with the turns after it.
+            self.clock += self.turns_of(len(batch))
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
             results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
             MODEL_SECONDS.observe(time.perf_counter() - started)
             for item, result in zip(batch, results, strict=True):
                 self.deliver(item.key, result, started)
-            self.clock += turns
             self.wake()
 
     def next_batch(self) -> list[Input]:
@@ -2304,11 +2299,6 @@ def mend_half_pairs(value: object) -> object:
     return value
 
 
-def refuse_constant(name: str) -> None:
-    """NaN and Infinity, which Python's parser takes, are no JSON. Raises `ValueError`."""
-    raise ValueError(name)
-
-
 def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises pydantic's `ValidationError`, or `UnicodeDecodeError` for what is not UTF-8."""
     body = body.removeprefix(codecs.BOM_UTF8)
@@ -2318,7 +2308,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         text = body.decode()
         try:
             # Python's parser takes half pairs, where pydantic's takes none.
-            mended = mend_half_pairs(json.loads(text, parse_constant=refuse_constant))
+            mended = mend_half_pairs(json.loads(text))
         except (ValueError, RecursionError):
             raise error from None
         return JSON_OBJECT.validate_python(mended)
@@ -2404,7 +2394,7 @@ def read_field(field: multipart.Field) -> tuple[str, str]:
     """The name and the text of a form's field. Raises `MalformedError`."""
     name = (field.field_name or b"").decode(errors="replace")[:50]
     if name == "file":
-        reason = "this part has no `filename`, which makes it a file (`filename*` is not read)"
+        reason = "this part needs a `filename`, without which it is no file (`filename*` is not read)"
         raise MalformedError(f"file: {reason}. {ImageForm.__doc__}")
     if name not in FORM_FIELDS:
         raise MalformedError(f"{name}: this field is not served. {ImageForm.__doc__}")
@@ -2501,7 +2491,7 @@ def without_nulls(item: object) -> dict[str, Any]:
     """The fields of a JSON object that are not null; of anything else, none."""
     if not isinstance(item, dict):
         return {}
-    return {field: value for field, value in item.items() if value is not None}
+    return {name: value for name, value in item.items() if value is not None}
 
 
 def read_text(value: object, name: str) -> str:
@@ -2710,9 +2700,11 @@ async def on_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What Starlette's router refuses: a route or a method that there is not."""
     assert isinstance(error, HTTPException)
-    sentences = {404: f"There is no {request.url.path[:100]} here: /docs shows what there is."}
     allowed = (error.headers or {}).get("Allow")
-    sentences[405] = f"{request.method[:20]} is not served here: use {allowed}."
+    sentences = {
+        404: f"There is no {request.url.path[:100]} here: /docs shows what there is.",
+        405: f"{request.method[:20]} is not served here: use {allowed}.",
+    }
     return error_response(sentences.get(error.status_code, error.detail), error.status_code, error.headers)
 
 
@@ -2774,10 +2766,10 @@ class LimitBodyTime:
 
 
 class ReadBeforeAnswering:
-    """Does the client still send? Then it may not see an answer: what it sends is read first, and dropped.
+    """Does the client still send? Then it may not see an answer: this is held, and what comes is read and dropped.
 
-    Not when it waits for leave to send (`Expect`), nor more than `max_dropped` bytes, nor after `max_idle` seconds
-    without one. What was not read ends the connection.
+    At most `max_dropped` bytes are, each piece within `max_idle` seconds; none of a client that may wait for leave to
+    send (`Expect`). An answer to a body that has not ended then closes the connection.
     """
 
     def __init__(self, app: ASGIApp, max_dropped: float, max_idle: float) -> None:
@@ -2792,7 +2784,7 @@ class ReadBeforeAnswering:
             await self.app(scope, receive, send)
             return
         may_wait_for_leave = b"expect" in headers
-        waiting: list[Message] = []
+        held: list[Message] = []
 
         async def receive_watched() -> Message:
             nonlocal more
@@ -2802,7 +2794,7 @@ class ReadBeforeAnswering:
 
         async def send_when_read(message: Message) -> None:
             if more:
-                waiting.append(message)
+                held.append(message)
             else:
                 await send(message)
 
@@ -2810,18 +2802,18 @@ class ReadBeforeAnswering:
         await self.app(scope, receive_watched, send_when_read)
         dropped = 0
         with contextlib.suppress(TimeoutError, SlowBodyError):
-            while waiting and more and dropped < self.max_dropped and not may_wait_for_leave:
+            while held and more and dropped < self.max_dropped and not may_wait_for_leave:
                 async with asyncio.timeout(self.max_idle):
                     # Nothing may hold a piece while the next is awaited: no name is given to it.
                     dropped += len((await receive_watched()).get("body", b""))
-        for message in waiting:
+        for message in held:
             if more and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
 
 class LimitBodies:
-    """Is the body too large? As it comes, or as its length is declared; in the route, so that the key comes first."""
+    """Is the body too large, as declared or as it comes? Asked when a route reads it: the key is checked before."""
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
         """`max_body` is in bytes."""
@@ -2975,10 +2967,10 @@ class Api:
 
     async def health(self) -> Response:
         """Which model runs, where, and how much waits for it."""
-        return json_response(self.health_entry() | {"queue_depth": self.queue_depth()})
+        return json_response(self.health_entry(self.queue_depth()))
 
-    def health_entry(self) -> dict[str, Any]:
-        return {"status": "ok", **self.state, "dimension": self.dimension, "queue_depth": 0}
+    def health_entry(self, queue_depth: int) -> dict[str, Any]:
+        return {"status": "ok", **self.state, "dimension": self.dimension, "queue_depth": queue_depth}
 
     async def page(self) -> Response:
         """The page that compares pictures with sentences."""
@@ -3058,12 +3050,12 @@ def add_routes(app: FastAPI, api: Api) -> None:
     model = {200: example(api.model_entry())} | describe_errors(401, 404)
     app.add_api_route("/v1/models", api.openai_models, responses=models, **guarded)
     app.add_api_route("/v1/models/{model_id:path}", api.openai_model, responses=model, **guarded)
-    app.add_api_route("/health", api.health, tags=["State"], responses={200: example(api.health_entry())})
+    app.add_api_route("/health", api.health, tags=["State"], responses={200: example(api.health_entry(0))})
     app.add_api_route("/", api.page, include_in_schema=False)
 
 
 def create_app(settings: Settings, batcher: Batcher, model: Model) -> FastAPI:
-    """The service over a batcher. Of `model` it reads device, dtype and dimension."""
+    """The service over a batcher, with the metrics and the middlewares."""
     api = Api(settings, batcher, model)
     Gauge("gme_info", "The model and the service.", list(api.state)).labels(**api.state).set(1)
     Gauge("gme_queue_inputs", "Inputs without an answer.").set_function(api.queue_depth)
@@ -3160,7 +3152,7 @@ def build() -> FastAPI:
     """Load the model and return the app that serves it. Raises `StartError`."""
     started = time.perf_counter()
     settings = Settings.load()
-    # First, as a process that is the first of its container ignores a SIGTERM without a handler.
+    # Before the load: process 1 of a container ignores a SIGTERM for which it has no handler.
     exit_0_at_sigterm()
     _, model, batcher = load(settings)
     log.info(

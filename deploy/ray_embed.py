@@ -1,9 +1,13 @@
-"""Embed a whole collection on all machines that Ray has: pictures or Parquet in, Parquet of embeddings out.
+"""Embed a whole collection with Ray: pictures or Parquet in, Parquet of embeddings out.
 
-Each worker is a process with the service's own model, and HTTP is not on the way. Its inputs come in parts, each as
-much as takes it `--save-every` seconds. A part's file gets its name, and with it `.parquet`, when it is whole: what
-stands in the files of OUTPUT is finished, and all else is computed, by this run or by the next one.
-The settings are the service's environment variables, of the process that runs this file.
+Each worker is a process with the service's own model, and HTTP is not on the way. Its inputs
+come in parts, each as much as takes it `--save-every` seconds. A part's file gets its name, and
+with it `.parquet`, when it is whole: what stands in the files of OUTPUT is finished, and all
+else is computed, by this run or by the next one. The settings are the service's environment
+variables, of the process that runs this file.
+
+The workers are plain actors of Ray. Ray Data would write Parquet under its final name before
+it has recorded that as finished: a kill between the two would leave rows twice.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -33,26 +38,34 @@ from pyarrow import fs
 from ray.exceptions import RayActorError, RayTaskError
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".webp")  # of pictures
-DESCRIPTION = "_made_by.json"  # readers of Parquet pass over names with a leading "_"
+# Of files that are pictures.
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".webp")
+# Readers of Parquet pass over names with a leading "_".
+DESCRIPTION = "_made_by.json"
 UNFINISHED = "_unfinished"
-FIRST_PART, LARGEST_PART = 16, 4096  # inputs: 4096 embeddings of the 2B model take 25 MB
-TEXTS = 64  # that share a request to the batcher; a picture has one of its own
-REQUESTS = 256  # that a worker has at a time, enough that the next batches are prepared
-READERS = 16  # files that a worker reads at a time
+# Inputs of a part. 4096 embeddings of the 2B model take 25 MB.
+FIRST_PART = 16
+LARGEST_PART = 4096
+# Texts that share a request to the batcher. A picture has one of its own.
+TEXTS = 64
+# Requests that a worker has at a time: enough that the next batches are prepared.
+REQUESTS = 256
+# Files that a worker reads at a time.
+READERS = 16
 PROGRESS_SECONDS = 5
-LIVES = 3  # tries of a part whose worker dies
+# Tries of a part whose worker dies.
+LIVES = 3
 
-CONTENT = {  # what the type of a column may be; a null type is a column without a value
+# What the type of a column may be. A null type is that of a column without a value.
+CONTENT = {
     "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null),
     "image": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct, pa.types.is_null),
 }
 
-
-Part = dict[str, list[Any]]  # columns of inputs that are computed and written together
-
-
-Embedding = np.ndarray | str  # or why there is none
+# Columns of inputs that are computed and written together.
+Part = dict[str, list[Any]]
+# Or the sentence why there is none.
+Embedding = np.ndarray | str
 
 
 class JobError(Exception):
@@ -78,7 +91,8 @@ class Folder:
         try:
             filesystem, root = fs.FileSystem.from_uri(place)
             return cls(filesystem, root.rstrip("/"))
-        except pa.ArrowInvalid:  # a scheme that pyarrow does not know
+        except pa.ArrowInvalid:
+            # pyarrow does not know the scheme: fsspec may.
             pass
         try:
             filesystem, root = fsspec.core.url_to_fs(place)
@@ -118,7 +132,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Item:
-    """What is in one input: a text, an image's bytes or the name of its file, or both; or why it cannot be read."""
+    """What is in one input: a text, an image's bytes or the name of its file, or both.
+
+    In their place, `error` says why it cannot be read.
+    """
 
     text: str | None = None
     image: bytes | None = None
@@ -131,7 +148,8 @@ class Pictures:
     """A folder of pictures, with those of its subfolders."""
 
     folder: Folder
-    key = "path"  # that names a row of the output
+    # The column that names a row of the output.
+    key = "path"
 
     def find(self, names: Sequence[str]) -> pa.Table:
         """One row for each picture; all other files are passed over."""
@@ -147,11 +165,12 @@ class Rows:
     """Parquet with an `id`, and `text`, `image` (the bytes of an image file) or both: then they are fused."""
 
     folder: Folder
-    kept: dict[tuple[str, int], dict[str, pa.ChunkedArray]] = field(default_factory=dict)  # the row group read last
+    # The row group that was read last, by its file and number.
+    kept: dict[tuple[str, int], dict[str, pa.ChunkedArray]] = field(default_factory=dict)
     key = "id"
 
     def find(self, names: Sequence[str]) -> pa.Table:
-        """One row for each input: its id, file, row group, and place in the group. Raises `JobError`."""
+        """A row for each input: its id, file, row group and place in it. Raises `JobError`."""
         files = [name for name in names if name.endswith(".parquet")]
         with ThreadPoolExecutor(READERS) as readers:
             tables = list(itertools.chain(*readers.map(self.find_in_file, files)))
@@ -188,11 +207,11 @@ class Rows:
 
     def check_ids(self, ids: pa.ChunkedArray) -> None:
         if ids.null_count:
-            raise JobError(f"{self.folder.root} has {ids.null_count} rows without an `id`: give each one of its own.")
+            raise JobError(f"In {self.folder.root}, {ids.null_count} of the rows have no `id`: give each its own.")
         counts = pc.value_counts(ids)
         if len(counts) < len(ids):
             (twice,) = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[:1]
-            raise JobError(f"The id {twice} stands more than once in {self.folder.root}: give each row one of its own.")
+            raise JobError(f"{self.folder.root} has the id {twice} more than once: give each row its own.")
 
     def items(self, part: Part) -> list[Item]:
         return [self.item(*place) for place in zip(part["file"], part["group"], part["row"], strict=True)]
@@ -203,16 +222,18 @@ class Rows:
         return Item(**{name: column[row].as_py() for name, column in self.kept[file, group].items()})
 
     def read_row_group(self, file: str, group: int) -> dict[str, pa.ChunkedArray]:
-        """Its texts and images, or in their place for each row the error why they cannot be read."""
+        """Its texts and images, or for each row why they cannot be read."""
         parquet = self.folder.parquet(file)
         names = [name for name in ("text", "image") if name in parquet.schema_arrow.names]
         try:
             table = parquet.read_row_group(group, columns=names)
         except (pa.ArrowInvalid, OSError) as error:
             why = f"Row group {group} of {file} cannot be read: {error}"
-            return {"error": pa.chunked_array([pa.repeat(why, parquet.metadata.row_group(group).num_rows)])}
+            rows = parquet.metadata.row_group(group).num_rows
+            return {"error": pa.chunked_array([pa.repeat(why, rows)])}
         columns = {name: table[name] for name in names}
-        if "image" in columns and pa.types.is_struct(columns["image"].type):  # as Hugging Face's datasets have it
+        # As the datasets of Hugging Face have it.
+        if "image" in columns and pa.types.is_struct(columns["image"].type):
             columns["image"] = pc.struct_field(columns["image"], "bytes")
         return columns
 
@@ -240,7 +261,10 @@ def find_inputs(place: str) -> tuple[Pictures | Rows, pa.Table]:
 
 @dataclass(frozen=True)
 class Output:
-    """The folder of the embeddings. The run that started last owns it: what others have not finished is dropped."""
+    """The folder of the embeddings.
+
+    The run that started last owns it: what others have not finished is dropped.
+    """
 
     folder: Folder
     run: str
@@ -248,7 +272,10 @@ class Output:
     key_type: pa.DataType
 
     def claim(self, description: dict[str, Any]) -> None:
-        """From now on no other run can finish a file. Raises `JobError` when what is there was made otherwise."""
+        """From now on no other run can finish a file.
+
+        Raises `JobError` when what is there was made otherwise.
+        """
         described = self.folder.filesystem.get_file_info(self.folder.path(DESCRIPTION)).is_file
         if described:
             check_same(json.loads(self.folder.read(DESCRIPTION)), description, self.folder.root)
@@ -304,7 +331,8 @@ class Output:
         try:
             with filesystem.open_output_stream(part) as file:
                 write(file)
-            owned = filesystem.get_file_info(self.owner()).is_file  # asked when `part` is there for others to delete
+            # Asked now that `part` is there, for another run to delete.
+            owned = filesystem.get_file_info(self.owner()).is_file
             if owned:
                 filesystem.move(part, self.folder.path(name))
         except FileNotFoundError:
@@ -321,7 +349,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: str) -> None:
 
 
 class Embedder:
-    """The service in this process, whose import loads the model. Raises `JobError` with its sentence when it cannot."""
+    """The service in this process, whose import loads the model. Raises `JobError`."""
 
     def __init__(self, collection: Pictures | Rows, prompt: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -329,9 +357,11 @@ class Embedder:
             import gme_service
         except SystemExit as stop:
             raise JobError(str(stop.__context__ or stop)) from None
-        self.folder, self.service = collection.folder, gme_service
+        self.folder = collection.folder
+        self.service = gme_service
         self.settings = gme_service.Settings.load()
-        self.batcher, self.model = gme_service.app.state.batcher, gme_service.app.state.model
+        self.batcher = gme_service.app.state.batcher
+        self.model = gme_service.app.state.model
         self.instruction = prompt or gme_service.DEFAULT_INSTRUCTION
         self.description = {
             "model": self.settings.model_id,
@@ -353,7 +383,7 @@ class Embedder:
         return list(itertools.chain(*answers))
 
     def requests(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-        """Texts share a request. A picture has its own, as many a one fails, and the others would be done again."""
+        """Texts share a request. A picture has its own: when it fails, no other is done again."""
         for is_text, group in itertools.groupby(items, key=lambda item: item.image is None and item.file is None):
             alike = list(group)
             size = self.texts if is_text else 1
@@ -387,11 +417,14 @@ class Embedder:
 
 
 class Worker:
-    """A process of Ray's, with the model. It reads the inputs of a part, embeds them and writes the part's file."""
+    """A process of Ray's with the model: it reads a part's inputs, embeds them and writes a file."""
 
     def __init__(self, collection: Pictures | Rows, output: Output, prompt: str) -> None:
-        self.collection, self.output, self.prompt = collection, output, prompt
-        self.runner = asyncio.Runner()  # one event loop for all parts, as the batcher belongs to its loop
+        self.collection = collection
+        self.output = output
+        self.prompt = prompt
+        # One event loop for all parts, as the batcher belongs to its loop.
+        self.runner = asyncio.Runner()
 
     @functools.cached_property
     def embedder(self) -> Embedder:
@@ -404,12 +437,14 @@ class Worker:
     def embed(self, name: str, part: Part, description: dict[str, Any]) -> tuple[int, float]:
         """The number of inputs that failed, and the seconds it took. Raises `JobError`."""
         started = time.perf_counter()
-        check_same(description, self.describe(), self.output.folder.root)  # this may be another machine than it was
+        # A worker that died may be back on another machine.
+        check_same(description, self.describe(), self.output.folder.root)
         try:
             embeddings = self.runner.run(self.embedder.embed(self.collection.items(part)))
-        except SystemExit as stop:  # of the batcher, when the device is lost
+        except SystemExit as stop:
+            # The device is lost. Ray starts another worker in place of one that dies.
             self.embedder.service.log.error("The worker ends: %s", stop)
-            os._exit(1)  # Ray takes it for a death, and starts another
+            os._exit(1)
         self.output.write(name, part[self.output.key], embeddings, self.embedder.model.dimension)
         failed = sum(isinstance(one, str) for one in embeddings)
         return failed, time.perf_counter() - started
@@ -421,15 +456,18 @@ class Worker:
 
 
 def worker_options(workers: int | None) -> tuple[int, dict[str, Any]]:
-    """How many workers, and what each gets: a GPU where there are any, else its share of a machine's cores."""
-    nodes = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    """How many workers, and what each gets: a GPU where there are any, else a share of the cores."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [resources["CPU"] for resources in alive if resources.get("CPU")]
     cores = int(min(nodes, default=0))
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if (os.environ.get("GME_DEVICE") or "auto") == "cpu":
         gpus = 0
     number = workers or gpus or len(nodes)
-    on_each = -(-number // (gpus or len(nodes)))  # rounded up
+    on_each = math.ceil(number / (gpus or len(nodes)))
     settings = {name: value for name, value in os.environ.items() if name.startswith(("GME_", "MODELSCOPE_"))}
+    # It is for HTTP, and Ray writes the settings of its workers into its logs.
+    settings.pop("GME_API_KEY", None)
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
     options: dict[str, Any] = {"runtime_env": {"env_vars": settings | {"PYTHONPATH": path}}}
     if gpus:
@@ -444,7 +482,8 @@ class Progress:
     """What is told while the job runs, and at its end."""
 
     total: int
-    before: int  # finished by earlier runs
+    # Finished by earlier runs.
+    before: int
     done: int = 0
     failed: int = 0
     started: float = 0.0
@@ -469,7 +508,8 @@ class Progress:
         seconds = time.monotonic() - self.started
         rate = f"{self.done / seconds:.3g} inputs/s" if self.done else "nothing was left to do"
         hint = " (the column `error` says why)" if self.failed else ""
-        print(f"Finished: {self.done} inputs, {self.failed} failed{hint}, in {duration(seconds)}, {rate}.", flush=True)
+        told = f"{self.done} inputs, {self.failed} failed{hint}, in {duration(seconds)}, {rate}."
+        print(f"Finished: {told}", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -484,10 +524,15 @@ class Job:
     def __init__(
         self, workers: Sequence[Any], output: Output, description: dict[str, Any], inputs: pa.Table, seconds: float
     ) -> None:
-        self.workers, self.output, self.description = workers, output, description
-        self.inputs, self.seconds = inputs, seconds
-        self.given = 0  # inputs of the table that are in a part
-        self.again: list[Part] = []  # parts whose worker has died
+        self.workers = workers
+        self.output = output
+        self.description = description
+        self.inputs = inputs
+        self.seconds = seconds
+        # Inputs of the table that are in a part.
+        self.given = 0
+        # Parts whose worker has died.
+        self.again: list[Part] = []
         self.sizes = dict.fromkeys(workers, FIRST_PART)
         self.names = 0
 
@@ -513,7 +558,8 @@ class Job:
                 self.sizes[worker] = min(max(fitting, 1), 4 * size, LARGEST_PART)
                 progress.add(size, failed)
             except RayActorError:
-                if self.output.is_written(name):  # the worker died between its file and its answer
+                if self.output.is_written(name):
+                    # The worker died between its file and its answer.
                     progress.add(size, 0)
                 else:
                     self.isolate(worker, part, size, progress)
@@ -523,7 +569,7 @@ class Job:
         return f"{self.names:06}"
 
     def next_part(self, worker: Any) -> Part | None:
-        """As much as takes the worker the time between two files; near the end less, that all end together."""
+        """As much as takes the worker `seconds`; near the end less, that all end together."""
         if self.again:
             return self.again.pop()
         left = len(self.inputs) - self.given
@@ -533,7 +579,7 @@ class Job:
         return part.to_pydict() if len(part) else None
 
     def isolate(self, worker: Any, part: Part, size: int, progress: Progress) -> None:
-        """A part at which workers die, again and again: halve it, until the one input is found that they die of."""
+        """Halve a part at which workers die, again and again, down to the input they die of."""
         if size > 1:
             half = size // 2
             self.again.append({name: column[half:] for name, column in part.items()})
@@ -553,11 +599,12 @@ def embed_collection(arguments: argparse.Namespace) -> None:
     if f"{place.root}/".startswith(f"{Folder.at(arguments.input).root}/"):
         raise JobError(f"{arguments.output} lies in {arguments.input}: choose a folder elsewhere.")
     ray.init(logging_level="error", log_to_driver=False)
-    output = Output(place, uuid.uuid4().hex[:8], collection.key, inputs.schema.field(collection.key).type)
+    key_type = inputs.schema.field(collection.key).type
+    output = Output(place, uuid.uuid4().hex[:8], collection.key, key_type)
     number, options = worker_options(arguments.workers)
     actor = ray.remote(max_restarts=-1, max_task_retries=LIVES - 1)(Worker).options(**options)
     workers = [actor.remote(collection, output, arguments.prompt) for _ in range(number)]
-    print(f"{len(inputs)} inputs. Waiting for a worker (of {number}) that has loaded the model ...", flush=True)
+    print(f"{len(inputs)} inputs. Waiting for one of {number} workers to load the model ...", flush=True)
     try:
         loaded, _ = ray.wait([worker.describe.remote() for worker in workers])
         description = ray.get(loaded[0])
@@ -586,11 +633,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The exit code is 0 when all inputs have a row, also where it is an error; 1 with a sentence when not."""
+    """Exits with 0 when all inputs have a row, be it with an error; else with 1 and a sentence."""
     arguments = parse_arguments()
     try:
         embed_collection(arguments)
-    except RayTaskError as error:  # before the others: it is of its cause's class too, with a traceback for a sentence
+    # Before the others: it is of its cause's class too, with a traceback for a sentence.
+    except RayTaskError as error:
         if not isinstance(error.cause, JobError | OSError):
             raise
         sys.exit(str(error.cause))
@@ -602,4 +650,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("deploy.ray_embed").main()  # the workers find the classes by this name
+    # By this name the workers find the classes.
+    importlib.import_module("deploy.ray_embed").main()

@@ -100,7 +100,9 @@ def workers(cluster: Cluster) -> list[int]:
     return [child for child, title in titles.items() if title.exists() and b"ray::Worker.embed" in title.read_bytes()]
 
 
-def test_pictures_have_the_authors_vectors_and_broken_ones_an_error(tmp_path: Path, start: Command) -> None:
+def test_pictures_have_the_authors_vectors_and_broken_ones_an_error(
+    tmp_path: Path, cluster: Cluster, start: Command
+) -> None:
     pictures = {case.image: case.vector for case in DOCUMENTS if case.image and not case.text}
     for number, name in enumerate(pictures):
         (tmp_path / "in" / str(number % 3)).mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def test_pictures_have_the_authors_vectors_and_broken_ones_an_error(tmp_path: Pa
         file.truncate(33 << 20)
     (tmp_path / "in" / "notes.txt").write_text("passed over")
 
-    told = finish(start(tmp_path / "in", tmp_path / "out"))
+    told = finish(start(tmp_path / "in", tmp_path / "out", GME_API_KEY="key-of-the-service"))
 
     found = read(tmp_path / "out", "path")
     assert "cannot be decoded" in str(found.pop("broken.jpg"))
@@ -120,6 +122,10 @@ def test_pictures_have_the_authors_vectors_and_broken_ones_an_error(tmp_path: Pa
     for path, vector in expected.items():
         np.testing.assert_allclose(found[path], vector, atol=1e-5)
     assert f"Finished: {len(expected) + 2} inputs, 2 failed" in told
+    # Ray writes the environment of its workers into its logs.
+    logs = [path for path in Path(cluster.head_node.get_logs_dir_path()).rglob("*") if path.is_file()]
+    assert any(b"GME_MODEL_DIR" in path.read_bytes() for path in logs)
+    assert not any(b"key-of-the-service" in path.read_bytes() for path in logs)
 
 
 def test_texts_images_and_both_and_another_prompt_is_refused(tmp_path: Path, start: Command) -> None:
@@ -206,8 +212,8 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     [
         ({"name": [1], "text": ["a"]}, "has no column `id`, which names each row: it has name, text"),
         ({"id": [1], "caption": ["a"]}, "has no column `text` and no column `image`: it has id, caption"),
-        ({"id": [1, 2, 1], "text": ["a", "b", "c"]}, "The id 1 stands more than once"),
-        ({"id": [1, None], "text": ["a", "b"]}, "has 1 rows without an `id`"),
+        ({"id": [1, 2, 1], "text": ["a", "b", "c"]}, "has the id 1 more than once"),
+        ({"id": [1, None], "text": ["a", "b"]}, "1 of the rows have no `id`"),
     ],
 )
 def test_parquet_that_cannot_be_used_is_a_sentence(columns: dict, sentence: str, tmp_path: Path) -> None:

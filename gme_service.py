@@ -178,7 +178,7 @@ def checked_model_id(name: str) -> str:
 
 
 def checked_key(key: str) -> str:
-    """Raises `ValueError` for a key that no client can send, or that does not come as it was sent."""
+    """Raises `ValueError` for a key that no client can send, or that would arrive changed."""
     # A server reads a header as Latin-1 and strips it, where NBSP counts as white space.
     received = key.encode().decode("latin-1")
     if re.search(r"[\0-\x1f\x7f]", key) or received != received.strip():
@@ -341,7 +341,8 @@ def find_checkpoint(settings: Settings) -> Path:
         reason = " ".join(str(error).split())
         raise error_type(
             f"In {directory}, {fault}, and downloading failed: {reason}."
-            " Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT, or put the files there by hand."
+            " Start again to go on, or set GME_MODEL_DIR or MODELSCOPE_ENDPOINT,"
+            " or put the files there by hand."
         ) from None
     return directory
 
@@ -433,7 +434,7 @@ class VisionFields(BaseModel, strict=True):
 
 
 class ConfigFields(BaseModel, strict=True):
-    """`config.json`. Without `text_config`, the fields of the decoder are beside `vision_config`."""
+    """`config.json`. Without `text_config`, the decoder's fields are beside `vision_config`."""
 
     vision_config: VisionFields
     text_config: TextFields | None = None
@@ -1037,17 +1038,19 @@ class Preparer:
             count = f"{len(token_ids)} tokens"
             if max(len(source.text), len(source.instruction)) > self.max_chars:
                 count = f"at least {count}"
-            raise InputError(f"{source.name}The input has {count}, over {limit}: shorten it, or allow it to be cut.")
+            advice = "shorten it, or allow it to be cut"
+            raise InputError(f"{source.name}The input has {count}, over {limit}: {advice}.")
         return token_ids[:limit]
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Model
-# Qwen2-VL in plain torch. A module for each of the published ones, with their names, so that the network is also the
-# list of weights to read. Nothing is padded: the tokens of all inputs lie in one row, as do the patches of all images,
-# and only attention knows where one input ends.
+# Qwen2-VL in plain torch. A module for each of the published ones, with their names, so that the
+# network is also the list of weights to read. Nothing is padded: the tokens of all inputs lie in
+# one row, as do the patches of all images, and only attention knows where one input ends.
 #
-# In shapes: N tokens of all inputs, D their width, P patches of all images, V the width of the vision tower.
-# The residual stream, `hidden`, is float32 whatever the dtype of the weights: for precision, and for float16's range.
+# In shapes: N tokens of all inputs, D their width, P patches of all images, V the width of the
+# vision tower. The residual stream, `hidden`, is float32 whatever the dtype of the weights: for
+# precision, and for float16's range.
 
 # quick_gelu(x) = x * sigmoid(1.702 * x), which is silu(1.702 * x) / 1.702
 QUICK_GELU = 1.702
@@ -1075,11 +1078,12 @@ class Kernels:
     gated: Callable[[Tensor, Tensor, Tensor], Tensor]
     # Query, key and value (1, heads, patches, head_dim) of one image.
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    # Copies the matrix of a linear layer into the layout that the three products above read; None where it stays.
+    # Copies a linear layer's matrix into the layout of the three products above; None: it stays.
     pack: Callable[[Tensor], Tensor] | None = None
     # Patches that pass the MLP of a vision block in one call.
     rows_together: int = ALL_ROWS
-    # Patches of several images that share a call of the vision tower. Above this, speed is the same and memory grows.
+    # Patches of several images that share a call of the vision tower. With more, memory grows
+    # and speed does not.
     patches_together: int = 1 << 14
 
 
@@ -1109,7 +1113,7 @@ def onednn_pack(weight: Tensor) -> Tensor:
 
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Head by head and 512 queries at a time: on a CPU in bfloat16, twice as fast as torch's own."""
+    """Head by head, 512 queries at a time: in bfloat16 twice as fast on a CPU as torch's own."""
     query = query * query.shape[-1] ** -0.5
     heads = zip(*(x.flatten(0, 1).unbind() for x in (query, key, value)), strict=True)
     chunks = []
@@ -1123,7 +1127,7 @@ TORCH = Kernels(functional.linear, torch_linear_silu, torch_gated, functional.sc
 
 
 def onednn_agrees(dtype: torch.dtype) -> bool:
-    """Whether torch's oneDNN operators, which are private, are there and give what its public ones give."""
+    """Whether torch's oneDNN operators, which are private, give what its public ones give."""
     x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
     try:
         packed = onednn_pack(weight)
@@ -1145,7 +1149,7 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     if features.get("avx2") and not features.get("amx_bf16"):
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
-    # One image at a time, and of its patches as many as leave the inner layer of the MLP in the cache of a core.
+    # One image at a time, and so many of its patches that the MLP's inner layer fits into a cache.
     kernels = replace(TORCH, rows_together=512, patches_together=1)
     if dtype == torch.bfloat16:
         kernels = replace(kernels, attend=attend_in_chunks)
@@ -1161,7 +1165,7 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
 
 def cuda_kernels() -> Kernels:
     """Set torch up for a GPU."""
-    # cuDNN would plan its attention for 25 to 400 ms for each new shape, and nearly each batch has one.
+    # cuDNN would plan its attention for 25 to 400 ms for each new shape, as nearly every batch has.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Sums in float16 can overflow: products that are split add their parts in float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -1184,7 +1188,7 @@ class Linear(nn.Linear):
 
 
 class MergedLinear(Linear):
-    """Several published layers as one matrix: `parts` has the name of each, and how many outputs are its own."""
+    """Several published layers as one matrix: `parts` has each one's name and number of outputs."""
 
     def __init__(self, kernels: Kernels, inputs: int, parts: dict[str, int]) -> None:
         super().__init__(kernels, inputs, sum(parts.values()))
@@ -1192,7 +1196,7 @@ class MergedLinear(Linear):
 
 
 class Rotation(NamedTuple):
-    """What rotary position embedding multiplies by, for each token or patch: (N, 1, head_dim), float32."""
+    """What rotary position embedding multiplies by, float32, (N, 1, head_dim)."""
 
     cos: Tensor
     sin: Tensor  # with the sign of each half
@@ -1218,7 +1222,7 @@ def rotary_angles(positions: Tensor, pairs: int, theta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs of like length that share one call of attention, in which they lie as (B, T) with padding at the end."""
+    """Inputs of like length that share a call of attention, as (B, T) with padding at the end."""
 
     start: int  # its first token in the row of all
     stop: int
@@ -1253,8 +1257,9 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, sizes: Sequence[int]) -> Tensor:
         """x (P, V), of images with these numbers of patches."""
         query, key, value = self.qkv(x).unflatten(1, (3 * self.heads, -1)).split(self.heads, dim=1)
-        parts = (part.split(list(sizes)) for part in (rotation.apply(query), rotation.apply(key), value))
-        attended = [self.attend(*image) for image in zip(*parts, strict=True)]
+        rows = (rotation.apply(query), rotation.apply(key), value)
+        images = zip(*(part.split(list(sizes)) for part in rows), strict=True)
+        attended = [self.attend(*image) for image in images]
         return self.proj(torch.cat(attended))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -1283,7 +1288,7 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config, kernels)
 
     def fold(self) -> None:
-        """Put quick_gelu's factor into the weights, once they are read: the MLP then gives 1.702 times its output."""
+        """Put quick_gelu's factor into the weights: the MLP then gives 1.702 times its output."""
         for tensor in (self.norm2.weight, self.norm2.bias, self.mlp.fc1.bias, self.mlp.fc2.bias):
             tensor.mul_(QUICK_GELU)
 
@@ -1307,7 +1312,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.vision_width, kernel_size=(2, PATCH, PATCH), bias=False)
 
     def fold(self) -> None:
-        """Make a matrix and a bias of the weight, for pixels from 0 to 255 that are not normalised."""
+        """Make a matrix and a bias of the weight, for pixels from 0 to 255, not normalised."""
         weight = self.proj.weight.sum(2).flatten(2)  # (V, 3, 196)
         mean, std = (torch.tensor(numbers, device=weight.device)[:, None] for numbers in (self.mean, self.std))
         self.matrix = (weight / (255 * std)).flatten(1)
@@ -1337,7 +1342,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.head_dim = config.vision_width // config.vision_heads
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.vision_layers))
+        blocks = (VisionBlock(config, kernels) for _ in range(config.vision_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.merger = PatchMerger(config, kernels)
 
     def forward(self, patches: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -1352,9 +1358,10 @@ class VisionTower(nn.Module):
         return self.merger(hidden)
 
     def angles(self, places: Tensor) -> Tensor:
-        """(P, head_dim / 2): half of a head's pairs turn by the patch's row, the other half by its column."""
+        """(P, head_dim / 2): half of a head's pairs turn by the patch's row, half by its column."""
         pairs = self.head_dim // 4
-        return torch.cat([rotary_angles(axis, pairs, VISION_THETA) for axis in places.unbind(1)], dim=1)
+        axes = [rotary_angles(axis, pairs, VISION_THETA) for axis in places.unbind(1)]
+        return torch.cat(axes, dim=1)
 
 
 class Attention(nn.Module):
@@ -1367,13 +1374,14 @@ class Attention(nn.Module):
         head_dim = config.width // config.heads
         queries = config.heads * head_dim
         keys = config.kv_heads * head_dim
-        self.qkv_proj = MergedLinear(kernels, config.width, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
+        parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        self.qkv_proj = MergedLinear(kernels, config.width, parts)
         self.o_proj = Linear(kernels, queries, config.width, bias=False)
 
     def forward(
         self, x: Tensor, rotation: Rotation, spans: Sequence[Span], mask: Tensor, prefix_states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the heads attend to (N, D), before `o_proj`, and the keys and values (N, 2 * kv_heads, head_dim)."""
+        """What the heads attend to (N, D), and the keys and values (N, 2 * kv_heads, head_dim)."""
         qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
         turned = rotation.apply(qkv[:, : self.heads + self.kv_heads])
         query, key = turned.split((self.heads, self.kv_heads), dim=1)
@@ -1391,7 +1399,8 @@ class Attention(nn.Module):
         repeated = seen.repeat_interleave(self.heads // self.kv_heads, dim=2).transpose(1, 2)
         key, value = repeated.split(self.heads, dim=1)
         mask = mask[: span.longest, : key.shape[2]]
-        attended = functional.scaled_dot_product_attention(span.pad(query).transpose(1, 2), key, value, mask)
+        query = span.pad(query).transpose(1, 2)
+        attended = functional.scaled_dot_product_attention(query, key, value, mask)
         return span.unpad(attended.transpose(1, 2).flatten(2))
 
 
@@ -1425,8 +1434,9 @@ class DecoderLayer(nn.Module):
         prefix_states: Tensor | None,
         pooled: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The new `hidden`, of the `pooled` tokens alone where they are given, and the keys and values."""
-        attended, states = self.self_attn(self.input_layernorm(hidden), rotation, spans, mask, prefix_states)
+        """The new `hidden`, of the `pooled` tokens alone where given, and the keys and values."""
+        x = self.input_layernorm(hidden)
+        attended, states = self.self_attn(x, rotation, spans, mask, prefix_states)
         if pooled is not None:
             hidden = hidden[pooled]
             attended = attended[pooled]
@@ -1441,17 +1451,19 @@ class Decoder(nn.Module):
         self.theta = config.theta
         self.head_dim = config.width // config.heads
         # Not by its constructor, whose random values would import 800 modules on the meta device.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width))
+        table = torch.empty(config.vocabulary, config.width)
+        self.embed_tokens = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
 
     def forward(
         self, hidden: Tensor, positions: Tensor, spans: Sequence[Span], pooled: Tensor, prefix_states: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the last layer gives for the `pooled` tokens (B, D), and each layer's keys and values.
+        """The last layer's output for the `pooled` tokens (B, D), and each layer's keys and values.
 
-        Of all tokens, `hidden` is (N, D) and `positions` (N,): as in the authors' forward, token i of an input has
-        position i on all three rotary axes, image tokens too. `prefix_states` are the keys and values of the prefix.
+        Of all tokens, `hidden` is (N, D) and `positions` (N,): as in the authors' forward, token i
+        of an input has position i on all three rotary axes, image tokens too. `prefix_states` are
+        the keys and values of the prefix.
         """
         rotation = Rotation.by(rotary_angles(positions, self.head_dim // 2, self.theta))
         prefix_length = len(prefix_states[0]) if prefix_states else 0
@@ -1466,9 +1478,9 @@ class Decoder(nn.Module):
         return self.norm(hidden), states
 
     def mask(self, prefix_length: int, longest: int, device: torch.device) -> Tensor:
-        """(T, prefix_length + T), to be added: a token sees the prefix, and its own input up to itself."""
+        """(T, prefix_length + T), to be added: a token sees the prefix, and up to itself."""
         length = prefix_length + longest
-        # Attention's kernels on a GPU need rows that begin at a multiple of 8 numbers, and pad them otherwise.
+        # Attention on a GPU needs rows that begin at a multiple of 8 numbers, and else pads them.
         columns = torch.arange(length + -length % 8, device=device)
         is_unseen = torch.arange(prefix_length, length, device=device)[:, None] < columns
         mask = torch.zeros(is_unseen.shape, dtype=self.embed_tokens.weight.dtype, device=device)
@@ -1476,7 +1488,7 @@ class Decoder(nn.Module):
 
 
 class Qwen2VL(nn.Module):
-    """The network, whose attribute tree has the names of the published checkpoint. `Model.forward` runs it."""
+    """The network, with the published names as its attributes. `Model.forward` runs it."""
 
     def __init__(self, config: Config, kernels: Kernels = TORCH) -> None:
         super().__init__()
@@ -1493,12 +1505,12 @@ class WeightReader:
         for path in sorted(weight_files(directory)):
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118
-                # A current transformers saves `model.language_model.` and `model.visual.` in place of these.
+                # A newer transformers saves `model.language_model.` and `model.visual.`.
                 published = re.sub(r"language_model\.|model\.(?=visual\.)", "", name)
                 self.stored[published] = (file, name)
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A view of the file. Raises `StartError` for a weight that is missing or has another shape."""
+        """A view of the file. Raises `StartError` for a weight that is missing or misshapen."""
         if name not in self.stored:
             raise StartError(f"{self.directory}: the weight {name} is missing. Fetch the model again.")
         file, stored_name = self.stored[name]
@@ -1512,10 +1524,10 @@ class WeightReader:
 
 
 def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill a network that is on the meta device, one tensor after the other, so that at most one is there twice.
+    """Fill a network that is on the meta device, tensor by tensor: at most one is there twice.
 
-    The matrices and biases of linear layers and the table of embeddings are in `dtype`, all else in float32.
-    Raises `StartError` for a weight that is missing or misshapen.
+    The matrices and biases of linear layers and the table of embeddings are in `dtype`, all else in
+    float32. Raises `StartError` for a weight that is missing or misshapen.
     """
     for path, module in network.named_modules():
         weight_dtype = dtype if isinstance(module, Linear | nn.Embedding) else torch.float32
@@ -1527,7 +1539,9 @@ def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, d
                 for name, shape in stored_parts(path, module, leaf, parameter)
             ]
             weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-            setattr(module, leaf, nn.Parameter(pack(weight) if pack else weight, requires_grad=False))
+            if pack is not None:
+                weight = pack(weight)
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
     for module in network.modules():
         if isinstance(module, PatchEmbed | VisionBlock):
             module.fold()
@@ -1542,7 +1556,7 @@ def stored_parts(path: str, module: nn.Module, leaf: str, parameter: Tensor) -> 
 
 
 def place_patches(rows: int, columns: int) -> np.ndarray:
-    """The row and the column (P, 2) of an image's patches, in their order: the four of a token together."""
+    """The row and the column (P, 2) of an image's patches, the four of each token together."""
     places = np.indices((rows, columns)).transpose(1, 2, 0)
     return places.reshape(rows // 2, 2, columns // 2, 2, 2).swapaxes(1, 2).reshape(-1, 2)
 
@@ -1579,7 +1593,8 @@ class Model:
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            raise TooLargeError("An input does not fit into the server's memory: send a smaller one.") from None
+            sentence = "An input does not fit into the server's memory: send a smaller one."
+            raise TooLargeError(sentence) from None
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
@@ -1594,12 +1609,14 @@ class Model:
         stops[order] = lengths[order].cumsum()
         starts = stops - lengths
         token_ids = self.to_device([inputs[index].token_ids[len(prefix) :] for index in order])
-        positions = self.to_device([np.arange(len(prefix), len(prefix) + length) for length in lengths[order]])
+        own_positions = [np.arange(length) + len(prefix) for length in lengths[order]]
+        positions = self.to_device(own_positions)
         pooled = self.to_device([stops - 1])  # in the order of `inputs`, and so are the embeddings
 
         hidden = self.network.model.embed_tokens(token_ids).float()  # (N, D)
         self.put_images(hidden, inputs, starts)
-        final, states = self.network.model(hidden, positions, self.spans(lengths[order]), pooled, prefix_states)
+        spans = self.spans(lengths[order])
+        final, states = self.network.model(hidden, positions, spans, pooled, prefix_states)
         return functional.normalize(final, dim=-1), states
 
     def prefix_states(self, prefix: tuple[int, ...]) -> list[Tensor]:
@@ -1614,7 +1631,7 @@ class Model:
         return self.forward([Input(np.array(prefix), ())])[1]
 
     def put_images(self, hidden: Tensor, inputs: Sequence[Input], starts: np.ndarray) -> None:
-        """Put images in the place of their tokens in hidden (N, D), in which each input begins at one of `starts`."""
+        """Put images in place of their tokens into hidden (N, D), where inputs begin at `starts`."""
         for group in self.image_groups(inputs):
             images = [inputs[index] for index in group]
             patches = [image.patches for image in images if image.patches is not None]
@@ -1643,13 +1660,14 @@ class Model:
             yield group
 
     def spans(self, lengths: np.ndarray) -> list[Span]:
-        """The calls of attention for inputs of these lengths, in ascending order, that lie in a row."""
+        """The calls of attention for inputs in a row, of these lengths in ascending order."""
         spans: list[Span] = []
         first_input = first_token = 0
         for stop_input in range(1, len(lengths) + 1):
             # A span grows for as long as LIKE_LENGTH of its B * T slots hold a token.
             with_next = lengths[first_input : stop_input + 1]
-            if stop_input < len(lengths) and with_next.sum() >= LIKE_LENGTH * len(with_next) * with_next[-1]:
+            slots_with_next = len(with_next) * with_next[-1]
+            if stop_input < len(lengths) and with_next.sum() >= LIKE_LENGTH * slots_with_next:
                 continue
             span_lengths = lengths[first_input:stop_input]
             longest = int(span_lengths[-1])
@@ -1671,25 +1689,28 @@ class Model:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def check(self, texts: Sequence[Input]) -> None:
-        """Embed texts, the first with a small image, once together and once alone without a kept prefix.
+        """Embed texts, the first with a small image, together, and alone without a kept prefix.
 
         Raises `StartError` when the vectors are not finite, or differ by more than rounding.
         """
         noise = np.random.default_rng(0).integers(0, 256, (16, 3 * PATCH**2), np.uint8)
         # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it.
-        with_image = replace(texts[0], image_start=len(texts[0].prefix) + 2, grid=(4, 4), patches=noise)
+        image_start = len(texts[0].prefix) + 2
+        with_image = replace(texts[0], image_start=image_start, grid=(4, 4), patches=noise)
         inputs = [with_image, *texts[1:]]
         alone = torch.cat([self.forward([replace(item, prefix=())])[0] for item in inputs])
         together = self.forward(inputs)[0]
         if not (together.isfinite().all() and alone.isfinite().all()):
             raise StartError(
-                f"The weights in {self.directory} give vectors that are not finite in {self.dtype}: they are damaged,"
-                " or too large for it. Fetch the model again, or set GME_DTYPE=bfloat16."
+                f"The weights in {self.directory} give vectors that are not finite in {self.dtype}:"
+                " they are damaged, or too large for it."
+                " Fetch the model again, or set GME_DTYPE=bfloat16."
             )
         distance = 1 - (together * alone).sum(1).min().item()
         if distance > MAX_DISTANCE[self.dtype]:
             raise StartError(
-                f"An image and a text embed differently together than alone (1 - cosine is {distance:.2g}):"
+                "An image and a text embed differently together than alone"
+                f" (1 - cosine is {distance:.2g}):"
                 f" install the versions of requirements.txt, not torch {torch.__version__}."
             )
 
@@ -1749,7 +1770,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """What waits: it has a source at first, an input once that is prepared, and an embedding at last."""
+    """What waits: at first it has a source, once prepared an input, and at last an embedding."""
 
     job: "Job"
     # Its turn by the clock, and the serial number of its job: the lowest goes first.
@@ -1763,7 +1784,7 @@ class Waiting:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request. It ends when all that it waits for has embeddings, or when some of it has failed."""
+    """One request. It ends when all that it waits for has embeddings, or when some has failed."""
 
     serial: int
     arrived: float
@@ -1780,9 +1801,9 @@ def place_of(waiting: Waiting) -> tuple[float, int]:
 def isolate(
     function: Callable[[Sequence[Item]], Iterable[Result]], items: Sequence[Item]
 ) -> list[Result | ServiceError]:
-    """`function(items)`; where it raises, of each half in turn, until one item alone has the error as its result.
+    """`function(items)`. Where it raises, of each half in turn, down to the items that fail alone.
 
-    Raises `DeviceLostError`, after which nothing can be computed.
+    Their errors are their results. Raises `DeviceLostError`, after which nothing can be computed.
     """
     try:
         return list(function(items))
@@ -1803,14 +1824,16 @@ def isolate(
 class Batcher:
     """Gathers the inputs of all requests into batches for the one thread that runs the model.
 
-    The policy is fair queueing between requests by virtual time, counted in inputs. `clock` counts the turns that each
-    waiting request has had. The inputs of a new request, short ones first, have the turns clock, clock + 1, and so on.
-    The lowest turn goes first; among equals, that of the oldest request. A batch of 100 inputs while 4 bulk jobs wait
-    moves the clock by 25; while one bulk job and 3 requests of one input wait, by 97. So a request of one input waits
-    for the batch under way and for one input of each other request, and a bulk job keeps its share beside any number
-    of those. An image counts as one input, however many tokens it has.
+    The policy is fair queueing between requests by virtual time, counted in inputs. `clock` counts
+    the turns that each waiting request has had. The inputs of a new request, short ones first, have
+    the turns clock, clock + 1, and so on. The lowest turn goes first; among equals, that of the
+    oldest request. A batch of 100 inputs while 4 bulk jobs wait moves the clock by 25; while one
+    bulk job and 3 requests of one input wait, by 97. So a request of one input waits for the batch
+    under way and for one input of each other request, and a bulk job keeps its share beside any
+    number of those. An image counts as one input, however many tokens it has.
 
-    The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which share nothing.
+    The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which
+    share nothing.
     """
 
     def __init__(
@@ -1840,8 +1863,8 @@ class Batcher:
         self.serials = itertools.count()
         self.jobs: set[Job] = set()  # those that have not ended
         self.unanswered = 0
-        # The queues, sorted by place. An input stays in `ready` while the model computes it, so that an equal one that
-        # comes meanwhile shares the answer.
+        # The queues, sorted by place. An input stays in `ready` while the model computes it, so
+        # that an equal one that comes meanwhile shares the answer.
         self.texts: list[Waiting] = []
         self.images: list[Waiting] = []
         self.ready: list[Waiting] = []
@@ -1864,7 +1887,8 @@ class Batcher:
     async def embed(self, sources: Sequence[Source]) -> tuple[np.ndarray, int]:
         """A request's embeddings (len(sources), D), float32, and its number of tokens.
 
-        Raises the `ServiceError` of the first input that fails, and `ArithmeticError` for vectors that are not finite.
+        Raises the `ServiceError` of the first input that fails, and `ArithmeticError` for vectors
+        that are not finite.
         """
         if not sources:
             raise InputError("The request has no inputs: send at least one.")
@@ -1882,7 +1906,7 @@ class Batcher:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Answer requests for as long as this context lasts. What `compute` cannot go on from ends the process."""
+        """Answer requests while this context lasts. A `DeviceLostError` ends the process."""
         task = asyncio.create_task(self.run())
         try:
             yield
@@ -1898,7 +1922,7 @@ class Batcher:
                 loops.create_task(self.end_process_on_fault(self.prepare_images()))
 
     async def end_process_on_fault(self, loop: Coroutine[Any, Any, None]) -> None:
-        """Without one of its loops the process would take requests and answer none. Raises `SystemExit`."""
+        """Without one loop the process would answer nothing any more. Raises `SystemExit`."""
         try:
             await loop
         except Exception as fault:
@@ -1908,9 +1932,12 @@ class Batcher:
 
     def enqueue(self, sources: Sequence[Source]) -> Job:
         loop = asyncio.get_running_loop()
-        job = Job(next(self.serials), time.perf_counter(), loop.create_future(), unanswered=len(sources))
+        job = Job(
+            serial=next(self.serials), arrived=time.perf_counter(), ended=loop.create_future(), unanswered=len(sources)
+        )
         ranks = [0] * len(sources)
-        for rank, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].weight)):
+        light_first = sorted(range(len(sources)), key=lambda index: sources[index].weight)
+        for rank, index in enumerate(light_first):
             ranks[index] = rank
         for rank, source in zip(ranks, sources, strict=True):
             waiting = Waiting(job, (self.clock + rank, job.serial), source)
@@ -1929,7 +1956,7 @@ class Batcher:
         self.unanswered -= job.unanswered
         for waiting in job.waiting:
             self.take(waiting)
-        # Each of them knows the job: without this, only the garbage collector would free their images.
+        # They know the job: without this, only the garbage collector would free their images.
         job.waiting.clear()
         self.wake()
 
@@ -1954,7 +1981,10 @@ class Batcher:
                 del self.ready_by_key[waiting.input.key]
 
     def wake(self) -> None:
-        """Let all loops look for work. Each looks and waits without an await between, so no wake-up is lost."""
+        """Let all loops look for work.
+
+        Each looks and then waits, with no await between, so that no wake-up is lost.
+        """
         self.changed.set()
         self.changed.clear()
 
@@ -1976,7 +2006,7 @@ class Batcher:
     # Preparing
 
     async def prepare_texts(self) -> None:
-        """Prepare chunk after chunk of texts, in a thread of their own: they never wait behind images."""
+        """Prepare texts chunk by chunk, in a thread of their own: they never wait behind images."""
         loop = asyncio.get_running_loop()
         while True:
             chunk = self.next_texts()
@@ -2085,7 +2115,7 @@ class Batcher:
             if not batch:
                 await self.changed.wait()
                 continue
-            # Now and not when it is computed: a request that comes meanwhile begins with the turns after it.
+            # Now, not when it is computed: a request that comes meanwhile has later turns.
             self.clock += self.turns_of(len(batch))
             BATCH_INPUTS.observe(len(batch))
             started = time.perf_counter()
@@ -2096,7 +2126,7 @@ class Batcher:
             self.wake()
 
     def next_batch(self) -> list[Input]:
-        """The first that is ready, and in their order those that share its prefix, up to the tokens of a batch."""
+        """The first that is ready, and in order those that share its prefix, up to `max_tokens`."""
         batch: dict[bytes, Input] = {}
         prefix: tuple[int, ...] | None = None
         tokens = 0
@@ -2131,7 +2161,10 @@ class Batcher:
             self.cache.popitem(last=False)
 
     def turns_of(self, computed: int) -> float:
-        """How many turns each waiting job gets, at one input a turn until it has no more, of so many inputs."""
+        """Of so many inputs, how many turns each waiting job gets.
+
+        One input is a turn, and a job that has no more inputs takes no more turns.
+        """
         if computed <= len(self.jobs):
             return computed / len(self.jobs)
         turns = 0
@@ -2147,21 +2180,22 @@ class Batcher:
 
 
 # -------------------------------------------------------------------------------------------------------- 6. HTTP
-# Protected against here: a wrong key, before the body is read; the size of a body, and the time in which it comes; JSON
-# and forms of millions of parts; too many inputs; a full queue. Left to deploy/nginx.conf: slow clients by the hundred,
-# floods of requests, TLS; to uvicorn's h11: floods of headers; to systemd: memory.
+# Protected against here: a wrong key, before the body is read; the size of a body, and the time in
+# which it comes; JSON and forms of millions of parts; too many inputs; a full queue. Left to
+# deploy/nginx.conf: slow clients by the hundred, floods of requests, TLS; to uvicorn's h11: floods
+# of headers; to systemd: memory.
 INPUTS = Counter("gme_inputs", "Inputs answered, by kind.", ["kind"])
 TEXT_INPUTS = INPUTS.labels("text")
 IMAGE_INPUTS = INPUTS.labels("image")
 FUSED_INPUTS = INPUTS.labels("fused")
 TOKENS = Counter("gme_tokens", "Tokens of the inputs answered.")
 PAGE = Path(__file__).with_name("gme_service.html")
-# What the page may load: its own script and style, pictures that are dropped on it, and this service.
+# What the page may load: its own script and style, dropped pictures, and this service.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# In which a whole body has to come, the next piece of it, and the next piece of one that is refused already.
+# In which a whole body has to come, its next piece, and the next piece of one that is refused.
 BODY_SECONDS = 600
 BODY_IDLE_SECONDS = 30
 DROP_IDLE_SECONDS = 10
@@ -2191,9 +2225,10 @@ class ImageForm(BaseModel):
     prompt: str = Field("", description="Give one with queries, none with documents.", examples=[""])
 
 
-# The fields of /v1/embeddings are of four kinds, and each stands in one place: those of `OpenAIRequest` say what to
-# embed, or change its vector and are served; those of READ_PAST cannot change a vector, and those of READ_PAST_AS not
-# with this value. Any other is refused by its name, so that nobody gets another vector than the one that was asked for.
+# The fields of /v1/embeddings are of four kinds, and each stands in one place: those of
+# `OpenAIRequest` say what to embed, or change its vector and are served; those of READ_PAST cannot
+# change a vector, and those of READ_PAST_AS not with this value. Any other is refused by its name,
+# so that nobody gets another vector than the one that was asked for.
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 
@@ -2280,7 +2315,8 @@ def has_too_many_values(body: bytes, most: int) -> bool:
 
 def without_half_pairs(text: str) -> str:
     """Half a surrogate pair becomes U+FFFD, as in every browser."""
-    # Both take three bytes in UTF-8. One by one, millions of them would hold the interpreter for two seconds.
+    # Both take three bytes in UTF-8. Replaced one by one, millions would hold the interpreter
+    # for two seconds.
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).copy()
     halves = np.flatnonzero((data[:-1] == 0xED) & (data[1:] >= 0xA0))
     for offset, byte in enumerate("\ufffd".encode()):
@@ -2300,7 +2336,7 @@ def mend_half_pairs(value: object) -> object:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises pydantic's `ValidationError`, or `UnicodeDecodeError` for what is not UTF-8."""
+    """A JSON object. Raises pydantic's `ValidationError`, or `UnicodeDecodeError`."""
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         return JSON_OBJECT.validate_json(body)
@@ -2315,7 +2351,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def without_what_changes_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that can change a vector. Raises `MalformedError` for one whose value is not served."""
+    """The fields that can change a vector. Raises `MalformedError` for a value not served."""
     kept = {}
     for name, value in fields.items():
         if value is None or name in READ_PAST:
@@ -2331,7 +2367,7 @@ def without_what_changes_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def malformed(error: ValidationError, kind: type[BaseModel]) -> MalformedError:
-    """The first fault, in a sentence that names its place as it was sent; the first text is texts.1."""
+    """The first fault, in a sentence that names its place; the first text is texts.1."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     steps = [str(step + 1 if isinstance(step, int) else step) for step in fault["loc"]]
     place = ".".join(steps) or "body"
@@ -2344,7 +2380,7 @@ def malformed(error: ValidationError, kind: type[BaseModel]) -> MalformedError:
 
 
 async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body:
-    """The body as JSON of that kind. Raises `MalformedError`, or `TooLargeError` for millions of values."""
+    """The body, of that kind. Raises `MalformedError`, `EncodingError` or `TooLargeError`."""
     check_encoding(request)
     body = await request.body()
     if has_too_many_values(body, 64 * max_inputs + 100_000):
@@ -2361,9 +2397,10 @@ async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body
 
 
 async def parse_form(request: Request, max_files: int) -> tuple[list[multipart.File], list[multipart.Field]]:
-    """The files and the fields of a multipart form, in memory. Raises `MalformedError` or `TooLargeError`.
+    """The files and the fields of a multipart form, in memory.
 
-    Starlette's own reader would take fields that are not UTF-8 as Latin-1, and files over 1 MB to the disk.
+    Raises `MalformedError`, `EncodingError` or `TooLargeError`.
+    Starlette's own reader would take what is not UTF-8 as Latin-1, and files over 1 MB to disk.
     """
     check_encoding(request)
     files: list[multipart.File] = []
@@ -2438,7 +2475,7 @@ Content = tuple[str, bytes | None]
 # Qwen's own examples have `data:image;base64,`, without a subtype.
 DATA_URI = re.compile(r'\s*data:(?P<media>\w+/[^,;]*|image)?(?P<parameters>;(?:[^,"]|"[^"]*+")*+)?,', re.IGNORECASE)
 BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
-# What stands before the data of a URI is no longer than this: to search megabytes for its comma holds the interpreter.
+# The most that may stand before a URI's data: to search megabytes holds the interpreter.
 MAX_URI_HEAD = 4096
 MESSAGES = "messages: send one `user` message, before it a `system` text if need be"
 
@@ -2453,10 +2490,10 @@ def is_image(text: str) -> bool:
 
 
 def decode_base64(encoded: str) -> bytes:
-    """Base64 as browsers read it: white space, no padding, percent-encoding. Raises `ValueError`."""
+    """Base64 as browsers read it: with spaces, unpadded, percent-encoded. Raises `ValueError`."""
     characters = encoded.encode().translate(None, b" \t\n\f\r")
     if b"%" in characters:
-        # Quoted-printable is the same with another mark, and its decoder takes no seconds for 32 MB of it.
+        # Quoted-printable has another mark for the same, and its decoder is quick on 32 MB.
         quoted = characters.replace(b"=", b"=3D").replace(b"%", b"=")
         characters = binascii.a2b_qp(quoted).translate(None, b" \t\n\f\r")
     return base64.b64decode(characters + b"=" * (-len(characters) % 4), validate=True)
@@ -2472,7 +2509,7 @@ def read_image(value: object, name: str) -> bytes:
     media = (uri["media"] or "").strip()[:50] if uri else ""
     if media.lower().startswith(("audio/", "video/")):
         raise InputError(f"{name}image: {media} is not served, but images are.")
-    encoded = value.rpartition(",")[2] if uri else value
+    encoded = value[uri.end() :] if uri else value
     try:
         return decode_base64(encoded)
     except ValueError:
@@ -2502,7 +2539,7 @@ def read_text(value: object, name: str) -> str:
 
 
 def read_part(part: object, name: str) -> Content:
-    """One content part: `{"type": "text", "text": …}` or `{"type": "image_url", "image_url": {"url": …}}`.
+    """One content part, a `text` or an `image_url`, as OpenAI's API has them.
 
     Raises `InputError`.
     """
@@ -2524,7 +2561,10 @@ def read_part(part: object, name: str) -> Content:
 
 
 def read_parts(parts: Sequence[object], name: str) -> Content:
-    """Content parts of one item: texts, which are joined by line breaks, and at most one image. Raises `InputError`."""
+    """Content parts of one item: texts, joined by line breaks, and at most one image.
+
+    Raises `InputError`.
+    """
     texts: list[str] = []
     image: bytes | None = None
     for part in parts:
@@ -2583,7 +2623,7 @@ def has_text(content: object) -> bool:
 
 
 def read_message(message: Mapping[str, object]) -> tuple[str, object]:
-    """Role and content. Raises `MalformedError` for another role, and for a field that could change the vector."""
+    """Role and content. Raises `MalformedError` for roles and fields that are not served."""
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise MalformedError(f"{MESSAGES}; the role {str(role)[:50]} is not served.")
@@ -2604,7 +2644,7 @@ def read_system(content: object) -> str:
 
 
 def read_messages(messages: object) -> tuple[str, Content]:
-    """The system's text and the user's content. Raises `InputError`, or `MalformedError` for more than one turn."""
+    """The system's text and the user's content. Raises `InputError` or `MalformedError`."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise MalformedError(f"{MESSAGES}, each an object with `role` and `content`.")
     turns = [read_message(message) for message in messages]
@@ -2621,7 +2661,7 @@ def read_messages(messages: object) -> tuple[str, Content]:
 
 
 def find_query_field(request: OpenAIRequest) -> str:
-    """The field that says that the inputs are queries, or "". Raises `MalformedError` for other tasks."""
+    """The field that says that the inputs are queries, or "". Raises `MalformedError`."""
     sent = {"input_type": request.input_type.lower(), "task": request.task.lower()}
     kinds = {name: kind for name, kind in sent.items() if kind}
     for name, kind in kinds.items():
@@ -2635,7 +2675,10 @@ def find_query_field(request: OpenAIRequest) -> str:
 
 
 def choose_instruction(request: OpenAIRequest, system_text: str, query_prompt: str | None) -> str:
-    """What the request says, else what `input_type` or `task` means. Raises `InputError` or `MalformedError`."""
+    """What the request says, else what `input_type` or `task` means.
+
+    Raises `InputError` or `MalformedError`.
+    """
     query_field = find_query_field(request)
     if request.prompt and system_text:
         raise MalformedError("prompt: the `system` message is the prompt too: send one of them.")
@@ -2650,7 +2693,7 @@ def choose_instruction(request: OpenAIRequest, system_text: str, query_prompt: s
 
 
 def read_max_tokens(sent: int | None) -> int | None:
-    """What `truncate_prompt_tokens` says: at most so many tokens of a text, or None. Raises `MalformedError`."""
+    """The tokens that are left of a text, by `truncate_prompt_tokens`. Raises `MalformedError`."""
     if sent == 0:
         raise MalformedError("truncate_prompt_tokens: 0 leaves nothing: send at least 1, or -1 for no cut of your own.")
     return None if sent == -1 else sent
@@ -2680,7 +2723,8 @@ def read_sources(request: OpenAIRequest, query_prompt: str | None) -> list[Sourc
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, "application/json")
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, "application/json")
 
 
 def error_response(sentence: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
@@ -2691,7 +2735,7 @@ def error_response(sentence: str, status: int, headers: Mapping[str, str] | None
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Of a fault of the service, which is no `ServiceError`, a client is not told more than that."""
+    """A `ServiceError`'s own sentence. Of any other fault, a client is told that it is one."""
     ours = error if isinstance(error, ServiceError) else ServiceError(ServiceError.example)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(ours.status)
     return error_response(str(ours), ours.status, headers)
@@ -2705,7 +2749,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         404: f"There is no {request.url.path[:100]} here: /docs shows what there is.",
         405: f"{request.method[:20]} is not served here: use {allowed}.",
     }
-    return error_response(sentences.get(error.status_code, error.detail), error.status_code, error.headers)
+    sentence = sentences.get(error.status_code, error.detail)
+    return error_response(sentence, error.status_code, error.headers)
 
 
 def name_other_methods(info: metrics.Info) -> None:
@@ -2718,7 +2763,10 @@ def name_other_methods(info: metrics.Info) -> None:
 
 
 class NormalizePath:
-    """Slashes at the end or in a row: the route is the same, and no redirect is needed, which proxies would bend."""
+    """Has the path slashes at the end, or in a row? Then it means the route without them.
+
+    A redirect would say so too, but proxies bend its address.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -2732,7 +2780,7 @@ class NormalizePath:
 
 
 class LimitBodyTime:
-    """How long may a body take to come? `max_seconds` for all of it, `max_idle` for the next piece."""
+    """Does the body come in time? All within `max_seconds`, each piece within `max_idle`."""
 
     def __init__(self, app: ASGIApp, max_seconds: float, max_idle: float) -> None:
         self.app = app
@@ -2749,7 +2797,7 @@ class LimitBodyTime:
 
         async def receive_in_time() -> Message:
             nonlocal more, end
-            # Behind the body comes the end of the connection, for which a client may wait as long as it likes.
+            # Behind the body comes the end of the connection, which may take as long as it likes.
             if not more:
                 return await receive()
             try:
@@ -2766,10 +2814,11 @@ class LimitBodyTime:
 
 
 class ReadBeforeAnswering:
-    """Does the client still send? Then it may not see an answer: this is held, and what comes is read and dropped.
+    """Does the client still send? Then it may not see an answer, which waits until all is read.
 
-    At most `max_dropped` bytes are, each piece within `max_idle` seconds; none of a client that may wait for leave to
-    send (`Expect`). An answer to a body that has not ended then closes the connection.
+    Of what still comes, at most `max_dropped` bytes are read and dropped, each piece within
+    `max_idle` seconds; none of a client that may wait for leave to send (`Expect`). An answer to
+    a body that has not ended then closes the connection.
     """
 
     def __init__(self, app: ASGIApp, max_dropped: float, max_idle: float) -> None:
@@ -2813,7 +2862,10 @@ class ReadBeforeAnswering:
 
 
 class LimitBodies:
-    """Is the body too large, as declared or as it comes? Asked when a route reads it: the key is checked before."""
+    """Is the body too large, as declared or as it comes?
+
+    It is asked when a route reads the body, and so after the key is checked.
+    """
 
     def __init__(self, app: ASGIApp, max_body: float) -> None:
         """`max_body` is in bytes."""
@@ -2837,7 +2889,8 @@ class LimitBodies:
     def check(self, size: int) -> None:
         """Raises `TooLargeError`."""
         if size > self.max_body:
-            raise TooLargeError(f"The body is over {self.max_body / 2**20:g} MB: send less in one request.")
+            megabytes = self.max_body / 2**20
+            raise TooLargeError(f"The body is over {megabytes:g} MB: send less in one request.")
 
 
 class AnswerHead:
@@ -2869,10 +2922,10 @@ def inputs_of_its_kind(source: Source) -> Counter:
 
 
 async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
-    """The batcher's answer. When the client leaves before that, what is not computed yet is dropped.
+    """The batcher's answer. When the client leaves before, what is not computed yet is dropped.
 
-    Raises `InputError` or `TooLargeError` for their number, what the batcher raises, `ClientDisconnect` when the client
-    has left, and `BusyError` when the service stops.
+    Raises `InputError` or `TooLargeError` for their number, what the batcher raises,
+    `ClientDisconnect` when the client has left, and `BusyError` when the service stops.
     """
     if not sources:
         raise InputError(f"The request has 0 inputs: send 1 to {most}.")
@@ -2904,8 +2957,12 @@ class Api:
         self.batcher = batcher
         self.dimension = model.dimension
         self.max_inputs = min(settings.max_inputs, settings.max_queue)
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.state = {"model": settings.model_id, "device": str(model.device), "dtype": dtype, "version": __version__}
+        self.state = {
+            "model": settings.model_id,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "version": __version__,
+        }
 
     def queue_depth(self) -> int:
         return len(self.batcher)
@@ -2920,12 +2977,15 @@ class Api:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, self.max_inputs)
         prompt = body.prompt or DEFAULT_INSTRUCTION
-        sources = [Source(text, None, prompt, f"Input {number}: ") for number, text in enumerate(body.texts, start=1)]
+        sources = [
+            Source(text, instruction=prompt, name=f"Input {number}: ")
+            for number, text in enumerate(body.texts, start=1)
+        ]
         embeddings, _ = await embed(request, self.batcher, sources, self.max_inputs)
         return json_response({"embeddings": embeddings})
 
     async def embed_image(self, request: Request) -> Response:
-        """One embedding per file, in their order: of the image alone, or of image and text together."""
+        """One embedding per file, in their order: of the image, or of image and text together."""
         sources = await read_form(request, self.max_inputs)
         embeddings, _ = await embed(request, self.batcher, sources, self.max_inputs)
         return json_response({"embeddings": embeddings})
@@ -2944,7 +3004,10 @@ class Api:
         return json_response(self.openai_list(embeddings, tokens))
 
     def openai_list(self, embeddings: Iterable[object], tokens: int) -> dict[str, Any]:
-        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
+        data = [
+            {"object": "embedding", "index": index, "embedding": embedding}
+            for index, embedding in enumerate(embeddings)
+        ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": self.settings.model_id, "usage": usage}
 
@@ -2960,10 +3023,16 @@ class Api:
 
     def model_entry(self) -> dict[str, Any]:
         model_id = self.settings.model_id
-        entry = {"id": model_id, "object": "model", "created": 0, "owned_by": model_id.split("/")[0]}
-        # Not OpenAI's. Xinference's client asks for the type before it embeds.
-        more = {"model_type": "embedding", "dimension": self.dimension, "max_length": self.settings.max_length}
-        return entry | more
+        return {
+            "id": model_id,
+            "object": "model",
+            "created": 0,
+            "owned_by": model_id.split("/")[0],
+            # Not OpenAI's. Xinference's client asks for the type before it embeds.
+            "model_type": "embedding",
+            "dimension": self.dimension,
+            "max_length": self.settings.max_length,
+        }
 
     async def health(self) -> Response:
         """Which model runs, where, and how much waits for it."""
@@ -3037,8 +3106,10 @@ def add_routes(app: FastAPI, api: Api) -> None:
     key = [Depends(api.check_key)] if api.settings.api_key else []
     vectors = [[0.0134, -0.0127, 0.0451]]
     texts = describe_post(Texts.model_json_schema(), {"embeddings": vectors})
-    images = describe_post(ImageForm.model_json_schema(), {"embeddings": vectors}, "multipart/form-data")
-    openai = describe_post(openai_schema(), api.openai_list(vectors, 25)) | {"description": openai_description()}
+    form = ImageForm.model_json_schema()
+    images = describe_post(form, {"embeddings": vectors}, "multipart/form-data")
+    openai = describe_post(openai_schema(), api.openai_list(vectors, 25))
+    openai["description"] = openai_description()
     for path, route, described in (
         ("/embed/text", api.embed_text, texts),
         ("/embed/image", api.embed_image, images),
@@ -3050,7 +3121,8 @@ def add_routes(app: FastAPI, api: Api) -> None:
     model = {200: example(api.model_entry())} | describe_errors(401, 404)
     app.add_api_route("/v1/models", api.openai_models, responses=models, **guarded)
     app.add_api_route("/v1/models/{model_id:path}", api.openai_model, responses=model, **guarded)
-    app.add_api_route("/health", api.health, tags=["State"], responses={200: example(api.health_entry(0))})
+    health = {200: example(api.health_entry(0))}
+    app.add_api_route("/health", api.health, tags=["State"], responses=health)
     app.add_api_route("/", api.page, include_in_schema=False)
 
 
@@ -3131,7 +3203,7 @@ def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
 
 def create_batcher(settings: Settings, prepare: Preparer, model: Model) -> Batcher:
     """The batcher of a model, with what the settings leave open chosen for its device."""
-    # Enough to keep the device busy, and no more: a batch is as long as a lone query may have to wait.
+    # Enough to keep the device busy, and no more: so long may a lone query have to wait.
     max_tokens = 8192
     if model.device.type == "cpu":
         max_tokens = min(256 * torch.get_num_threads(), 8192)

@@ -214,7 +214,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
         except ValidationError as error:
             field_name, message = first_fault(error)
             raise StartError(f"GME_{field_name.upper()} cannot be used: {message}.") from None
-        except RuntimeError as error:  # expanduser finds no home
+        except RuntimeError as error:
+            # expanduser finds no home.
             raise StartError(f"GME_MODEL_DIR cannot be used: {error} Give an absolute path.") from None
 
     @classmethod
@@ -226,7 +227,8 @@ class Settings(BaseSettings, env_prefix="GME_", env_ignore_empty=True, str_strip
         known = [name.upper() for name in cls.model_fields]
         ignored = []
         for name, value in os.environ.items():
-            name = name.upper()  # pydantic ignores their case too
+            # pydantic ignores their case too.
+            name = name.upper()
             setting = name.removeprefix("GME_")
             if setting == name or setting in known:
                 continue
@@ -253,6 +255,8 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 WEIGHT_INDEX = "model.safetensors.index.json"
+# The end of an error about what a download would mend, and no start finds by itself.
+DOWNLOAD_ANEW = "Delete it and start again, which downloads it anew."
 SPECIAL_TOKENS = (
     # Those of the authors' prompt.
     "<|im_start|>",
@@ -306,7 +310,7 @@ def find_fault(directory: Path) -> str | None:
     except OSError as error:
         raise StartError(f"{path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
-        return f"{path.name} is damaged ({': '.join(first_fault(error))})"
+        return f"{path.name} is damaged ({': '.join(filter(None, first_fault(error)))})"
     except (ValueError, SafetensorError) as error:
         return f"{path.name} is damaged ({error})"
     return None
@@ -330,11 +334,13 @@ def find_checkpoint(settings: Settings) -> Path:
         with FileLock(directory / ".lock"), contextlib.redirect_stderr(progress_bars):
             fault = find_fault(directory)
             if fault is None:
-                return directory  # another worker has fetched it
+                # Another worker has fetched it.
+                return directory
             download(settings, directory, fault)
     except StartError:
         raise
-    except Exception as error:  # the client raises many kinds
+    # The client raises many kinds.
+    except Exception as error:
         error_type = StartError
         if getattr(error, "retryable", False):
             error_type = StartLaterError
@@ -347,10 +353,10 @@ def find_checkpoint(settings: Settings) -> Path:
     return directory
 
 
-def prepare_client(directory: Path) -> None:
+def prepare_client(model_dir: Path) -> None:
     """Set what ModelScope's client reads from the environment, where the user has not set it."""
     # The client fails without a HOME.
-    os.environ.setdefault("HOME", str(directory))
+    os.environ.setdefault("HOME", str(model_dir))
     # find_checkpoint has a lock already, and the client's would lie in HOME.
     os.environ.setdefault("MODELSCOPE_DOWNLOAD_FILE_LOCK", "false")
     # Seconds for one file: the client's hour may not do for 5 GB.
@@ -359,9 +365,10 @@ def prepare_client(directory: Path) -> None:
         (Path.home() / ".modelscope" / "credentials" / "cookies").read_bytes()
     except PermissionError:
         # HOME is another user's. The client could not read it either.
-        os.environ.setdefault("MODELSCOPE_HOME", str(directory / ".modelscope"))
+        os.environ.setdefault("MODELSCOPE_HOME", str(model_dir / ".modelscope"))
     except OSError:
-        pass  # nobody has logged in
+        # Nobody has logged in.
+        pass
 
 
 def download(settings: Settings, directory: Path, fault: str) -> None:
@@ -373,7 +380,12 @@ def download(settings: Settings, directory: Path, fault: str) -> None:
     from modelscope import snapshot_download
 
     model_id = settings.model_id
-    log.info("Downloading %s into %s, where %s (the 2B model has 8.8 GB).", model_id, directory, fault)
+    log.info(
+        "Downloading %s into %s, where %s (the 2B model has 8.8 GB).",
+        model_id,
+        directory,
+        fault,
+    )
     snapshot_download(model_id, revision=settings.model_revision, local_dir=str(directory))
     remaining_fault = find_fault(directory)
     if remaining_fault is not None:
@@ -454,7 +466,7 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def read_fields(path: Path, fields: type[Fields]) -> Fields:
-    """Raises `StartError` for a file without these fields: of another model, or changed."""
+    """The fields of a JSON file. Raises `StartError` if it cannot be read, or has others."""
     try:
         return fields.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -472,7 +484,8 @@ class Config:
     width: int
     layers: int
     heads: int
-    kv_heads: int  # each serves several query heads
+    # Each serves several query heads.
+    kv_heads: int
     inner: int
     vocabulary: int
     theta: float
@@ -533,25 +546,27 @@ class Config:
         if last >= self.vocabulary:
             raise StartError(
                 "tokenizer.json and config.json are not of one model: the tokenizer has the id"
-                f" {last} for {token!r}, and vocab_size is {self.vocabulary}. Fetch the model again."
+                f" {last} for {token!r}, and vocab_size is {self.vocabulary}."
+                " Delete both and start again, which downloads them anew."
             )
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Raises `StartError` for a file that is damaged, or lacks a token of the authors' prompt."""
+    """The checkpoint's tokenizer. Raises `StartError` if it is damaged or lacks a special token."""
     path = directory / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no kind of its own
-        raise StartError(f"{path} is no tokenizer: {error}. Fetch the model again.") from None
+    # The library raises no kind of its own.
+    except Exception as error:
+        raise StartError(f"{path} is no tokenizer: {error}. {DOWNLOAD_ANEW}") from None
     for token in SPECIAL_TOKENS:
         if tokenizer.token_to_id(token) is None:
-            raise StartError(f"{path} is not that of a Qwen2-VL: it has no {token}. Fetch the model again.")
+            raise StartError(f"{path} is not a Qwen2-VL's: it has no {token}. {DOWNLOAD_ANEW}")
     return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------ 3. Inputs
-# An instruction is what the API calls `prompt`.
+# What the API calls `prompt` is an instruction here; a prompt here is all that the model reads.
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 # The authors' prompt, with an image and a text between its two parts.
 SYSTEM_PART = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
@@ -565,15 +580,15 @@ MAX_KEPT_INSTRUCTION = 4096
 PREFIX_SHARE = 32
 
 # Pixels on a side of a patch, and of an image token, made of 2 x 2 patches.
-PATCH = 14
-TOKEN = 2 * PATCH
+PATCH_SIDE = 14
+TOKEN_SIDE = 2 * PATCH_SIDE
 # An image counts as much as a long text, so that a request's texts go first.
 IMAGE_WEIGHT = 1 << 14
 
 # Pillow opens MPO as a kind of JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Pixels, the most of a JPEG. To resize longer sides, Pillow makes gigabytes of
-# coefficients.
+# Pixels on a side: the longest that a JPEG can have. To resize longer ones, Pillow
+# makes gigabytes of coefficients.
 MAX_SIDE = 65_535
 # Processor seconds that opening an image file may take.
 OPEN_SECONDS = 1
@@ -587,7 +602,7 @@ MAX_JPEG_SEGMENTS = 10_000
 JPEG_WINDOW = 1 << 20
 # libpng writes chunks of 8 kB: a PNG of 32 MB has about 4,000.
 MAX_PNG_CHUNKS = 100_000
-# Bytes, the most of a JPEG segment. Pillow makes up to 32 times as much of them.
+# Bytes: the longest that a JPEG segment can be. Pillow makes up to 32 times as much of it.
 MAX_EXIF = 1 << 16
 # Errors that Pillow raises for a damaged EXIF.
 EXIF_ERRORS = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)
@@ -712,7 +727,7 @@ def find_marker(data: bytes, position: int) -> re.Match[bytes] | None:
 
 
 def check_jpeg(data: bytes) -> None:
-    """Raises `InputError` for a JPEG that takes far longer than its size tells.
+    """Raises `InputError` for a JPEG that would take far longer to decode than its size suggests.
 
     Its first image alone counts: others may follow, as in an MPO, and small ones lie
     within its EXIF.
@@ -776,7 +791,7 @@ def eight_bits(transparent: Any, depth: int) -> Any:
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """An image whose header is read, and whose pixels can be decoded in little time.
+    """An image whose header is read. To decode its pixels takes a bounded time.
 
     Raises `TooLargeError` for too many pixels, `InputError` for a file that takes too
     long, and what Pillow raises for a broken one.
@@ -804,7 +819,9 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-# The decoder: what a person sees of it.
+# The decoder: what a person sees of the file.
+
+
 def decode(image: Image.Image) -> Image.Image:
     """The first frame of an opened file, upright, on white where transparent, in RGB.
 
@@ -858,20 +875,22 @@ def on_white(image: Image.Image) -> Image.Image:
     return ground
 
 
-# The resizer: what the model sees of it.
+# The resizer: what the model sees of the image.
+
+
 def fitted_size(width: int, height: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
     """`smart_resize` as published: the size to which an image is resized.
 
     Both sizes are (width, height) in pixels, the result in multiples of 28.
     """
-    columns, rows = (max(1, round(side / TOKEN)) for side in (width, height))
+    columns, rows = (max(1, round(side / TOKEN_SIDE)) for side in (width, height))
     if columns * rows > max_tokens:
-        shrink = math.sqrt(width * height / (max_tokens * TOKEN**2))
-        columns, rows = (max(1, math.floor(side / shrink / TOKEN)) for side in (width, height))
+        shrink = math.sqrt(width * height / (max_tokens * TOKEN_SIDE**2))
+        columns, rows = (max(1, math.floor(side / shrink / TOKEN_SIDE)) for side in (width, height))
     elif columns * rows < min_tokens:
-        grow = math.sqrt(min_tokens * TOKEN**2 / (width * height))
-        columns, rows = (math.ceil(side * grow / TOKEN) for side in (width, height))
-    return columns * TOKEN, rows * TOKEN
+        grow = math.sqrt(min_tokens * TOKEN_SIDE**2 / (width * height))
+        columns, rows = (math.ceil(side * grow / TOKEN_SIDE) for side in (width, height))
+    return columns * TOKEN_SIDE, rows * TOKEN_SIDE
 
 
 def resize(image: Image.Image, max_tokens: int) -> Image.Image:
@@ -890,16 +909,16 @@ def to_patches(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
     """The grid and the patches of an `Input`."""
     # (height, width, 3)
     pixels = np.asarray(image)
-    rows = pixels.shape[0] // PATCH
-    columns = pixels.shape[1] // PATCH
-    blocks = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
-    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
+    rows = pixels.shape[0] // PATCH_SIDE
+    columns = pixels.shape[1] // PATCH_SIDE
+    blocks = pixels.reshape(rows // 2, 2, PATCH_SIDE, columns // 2, 2, PATCH_SIDE, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH_SIDE**2)
     return (rows, columns), patches
 
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """What fails within, with an image file, becomes an error that begins with the input's name.
+    """Turn what is raised within, by an image file, into an error that begins with `name`.
 
     Raises `InputError` or `TooLargeError`.
     """
@@ -907,15 +926,19 @@ def refusing(name: str) -> Iterator[None]:
         yield
     except ServiceError as error:
         raise type(error)(f"{name}{error}") from None
+    except MemoryError:
+        sentence = "The image does not fit into the server's memory: scale it down."
+        raise TooLargeError(f"{name}{sentence}") from None
     # For a broken file, Pillow raises nearly anything.
     except Exception:
         raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
 
 
 def shared_start(ids: list[int], system_ids: list[int]) -> list[int]:
-    """The ids that both begin with.
+    """The ids with which both begin.
 
-    A text's leading white space can merge with the prompt's last line break.
+    The last of `system_ids` may not be in `ids`: a text's leading white space can merge with the
+    line break before it.
     """
     shared = ids[: len(system_ids)]
     while shared != system_ids[: len(shared)]:
@@ -926,7 +949,13 @@ def shared_start(ids: list[int], system_ids: list[int]) -> list[int]:
 class Preparer:
     """Turns what clients send into what the model reads. Threads may share it."""
 
-    def __init__(self, directory: Path, max_length: int, max_image_pixels: int, max_image_tokens: int = 1280) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_length: int,
+        max_image_pixels: int,
+        max_image_tokens: int = 1280,
+    ) -> None:
         """Reads the tokenizer in `directory`. Raises `StartError` if it cannot be used.
 
         `max_length` is that of a whole sequence in tokens; `max_image_pixels` bound an
@@ -946,7 +975,7 @@ class Preparer:
         Image.MAX_IMAGE_PIXELS = max_image_pixels
 
     def __call__(self, sources: Sequence[Source]) -> list[Input]:
-        """Raises the `InputError` or `TooLargeError` of one that cannot be used."""
+        """An `Input` for each. Raises the `InputError` or `TooLargeError` of one that has none."""
         prompts = [self.prompt(source) for source in sources]
         # It releases the interpreter.
         encodings = self.tokenizer.encode_batch_fast(prompts)
@@ -993,7 +1022,8 @@ class Preparer:
         patches = None
         if source.image is not None:
             with refusing(source.name), open_image(source.image, self.max_pixels) as image:
-                grid, patches = to_patches(resize(decode(image), self.max_image_tokens))
+                decoded = decode(image)
+            grid, patches = to_patches(resize(decoded, self.max_image_tokens))
             start = len(system_ids) + 1
             token_ids = self.with_image(source, token_ids, start, len(patches) // 4)
 
@@ -1012,7 +1042,13 @@ class Preparer:
             is_cut=len(ids) < len(token_ids),
         )
 
-    def with_image(self, source: Source, token_ids: list[int], start: int, image_tokens: int) -> list[int]:
+    def with_image(
+        self,
+        source: Source,
+        token_ids: list[int],
+        start: int,
+        image_tokens: int,
+    ) -> list[int]:
         """The ids with so many image tokens in place of the one that is at `start`.
 
         Raises `InputError` if they do not fit.
@@ -1027,7 +1063,7 @@ class Preparer:
         return token_ids[:start] + image_tokens * [token_ids[start]] + token_ids[start + 1 :]
 
     def cut(self, source: Source, token_ids: list[int]) -> list[int]:
-        """As many of the ids as are read.
+        """The ids up to the limit, of the server or a lower one of the source.
 
         Raises `InputError` for a source that may not be cut.
         """
@@ -1056,11 +1092,13 @@ class Preparer:
 QUICK_GELU = 1.702
 VISION_THETA = 10_000
 LAYER_NORM_EPS = 1e-6
-# Tokens of an instruction whose keys and values are kept: 7 MB for the 2B model in bfloat16.
-MAX_KEPT_PREFIX = 256
+# Prefixes whose keys and values are kept, and the most tokens of each: 7 MB for the 2B model in
+# bfloat16. Of longer ones the last is, so that its next batches need not compute it: up to 58 MB.
 KEPT_PREFIXES = 16
-# Inputs share a call of attention when so much of it is no padding.
-LIKE_LENGTH = 0.8
+MAX_KEPT_PREFIX = 256
+MAX_LONG_PREFIX = 2048
+# The least share of a call of attention that is tokens. The rest is padding.
+MIN_FILL = 0.8
 # How far, in 1 - cosine, rounding may take a vector that was computed in another batch.
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 ALL_ROWS = 1 << 30
@@ -1128,7 +1166,9 @@ TORCH = Kernels(functional.linear, torch_linear_silu, torch_gated, functional.sc
 
 def onednn_agrees(dtype: torch.dtype) -> bool:
     """Whether torch's oneDNN operators, which are private, give what its public ones give."""
-    x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((3, 64), (64, 64), 64))
+    seeded = torch.Generator().manual_seed(0)
+    shapes = ((3, 64), (64, 64), (64,))
+    x, weight, bias = (torch.randn(shape, generator=seeded).to(dtype) / 8 for shape in shapes)
     try:
         packed = onednn_pack(weight)
         pairs = [
@@ -1145,7 +1185,8 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     """Set torch up for a CPU, and choose what is fastest there."""
     features = torch.cpu.get_capabilities()
     if width < 512:
-        torch.set_num_threads(1)  # the products of a small model are too short for two
+        # The products of a small model are too short for two threads.
+        torch.set_num_threads(1)
     if features.get("avx2") and not features.get("amx_bf16"):
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
@@ -1199,11 +1240,12 @@ class Rotation(NamedTuple):
     """What rotary position embedding multiplies by, float32, (N, 1, head_dim)."""
 
     cos: Tensor
-    sin: Tensor  # with the sign of each half
+    # With the sign of each half.
+    sin: Tensor
 
     @classmethod
-    def by(cls, angles: Tensor) -> "Rotation":
-        """From the angles of a head's pairs, (N, head_dim / 2)."""
+    def from_angles(cls, angles: Tensor) -> "Rotation":
+        """Angles of a head's pairs, (N, head_dim / 2)."""
         cos, sin = angles.cos(), angles.sin()
         return cls(torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None])
 
@@ -1214,21 +1256,29 @@ class Rotation(NamedTuple):
         return torch.addcmul(x * self.cos, swapped, self.sin).to(x.dtype)
 
 
+@functools.cache
+def inverse_frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:
+    """(pairs,), computed on the CPU as the authors do: the powers of a GPU may round otherwise."""
+    return (1 / theta ** (torch.arange(0, 2 * pairs, 2) / (2 * pairs))).to(device)
+
+
 def rotary_angles(positions: Tensor, pairs: int, theta: float) -> Tensor:
     """(N, pairs), rounded in the authors' order: the inverse frequencies first, in float32."""
-    inverse = 1 / theta ** (torch.arange(0, 2 * pairs, 2, device=positions.device) / (2 * pairs))
-    return positions[:, None] * inverse
+    return positions[:, None] * inverse_frequencies(pairs, theta, positions.device)
 
 
 @dataclass(frozen=True)
 class Span:
     """Inputs of like length that share a call of attention, as (B, T) with padding at the end."""
 
-    start: int  # its first token in the row of all
+    # Its tokens, in the row of all.
+    start: int
     stop: int
-    count: int  # B
-    longest: int  # T
-    slots: Tensor | None  # of each token, among the B * T; None where nothing is padded
+    # B and T.
+    count: int
+    longest: int
+    # Each token's place among the B * T; None where nothing is padded.
+    slots: Tensor | None
 
     def pad(self, x: Tensor) -> Tensor:
         """The span's part of x (N, …), as (B, T, …)."""
@@ -1309,7 +1359,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.mean = config.mean
         self.std = config.std
-        self.proj = nn.Conv3d(3, config.vision_width, kernel_size=(2, PATCH, PATCH), bias=False)
+        self.proj = nn.Conv3d(3, config.vision_width, kernel_size=(2, PATCH_SIDE, PATCH_SIDE), bias=False)
 
     def fold(self) -> None:
         """Make a matrix and a bias of the weight, for pixels from 0 to 255, not normalised."""
@@ -1331,7 +1381,11 @@ class PatchMerger(nn.Module):
         super().__init__()
         four = 4 * config.vision_width
         self.ln_q = nn.LayerNorm(config.vision_width, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(Linear(kernels, four, four), nn.GELU(), Linear(kernels, four, config.width))
+        self.mlp = nn.Sequential(
+            Linear(kernels, four, four),
+            nn.GELU(),
+            Linear(kernels, four, config.width),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden).view(len(hidden) // 4, -1))
@@ -1352,7 +1406,7 @@ class VisionTower(nn.Module):
         Patches are (P, 588), uint8; places, the row and the column of each, are (P, 2).
         """
         hidden = self.patch_embed(patches)
-        rotation = Rotation.by(self.angles(places))
+        rotation = Rotation.from_angles(self.angles(places))
         for block in self.blocks:
             block(hidden, rotation, sizes)
         return self.merger(hidden)
@@ -1379,9 +1433,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(kernels, queries, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, spans: Sequence[Span], mask: Tensor, prefix_states: Tensor | None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        spans: Sequence[Span],
+        mask: Tensor,
+        prefix_states: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What the heads attend to (N, D), and the keys and values (N, 2 * kv_heads, head_dim)."""
+        """What the heads give (N, D), which `o_proj` takes, and the keys and values.
+
+        The latter are (N, 2 * kv_heads, head_dim), the keys first.
+        """
         qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
         turned = rotation.apply(qkv[:, : self.heads + self.kv_heads])
         query, key = turned.split((self.heads, self.kv_heads), dim=1)
@@ -1389,7 +1451,14 @@ class Attention(nn.Module):
         attended = [self.attend(query, states, span, mask, prefix_states) for span in spans]
         return torch.cat(attended), states
 
-    def attend(self, query: Tensor, states: Tensor, span: Span, mask: Tensor, prefix_states: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        states: Tensor,
+        span: Span,
+        mask: Tensor,
+        prefix_states: Tensor | None,
+    ) -> Tensor:
         """The part of one span, (tokens of the span, D)."""
         own = span.pad(states)
         seen = own
@@ -1434,7 +1503,10 @@ class DecoderLayer(nn.Module):
         prefix_states: Tensor | None,
         pooled: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The new `hidden`, of the `pooled` tokens alone where given, and the keys and values."""
+        """The new `hidden`, of the `pooled` tokens alone where given, and the keys and values.
+
+        Without `pooled`, that is the argument itself, changed in place.
+        """
         x = self.input_layernorm(hidden)
         attended, states = self.self_attn(x, rotation, spans, mask, prefix_states)
         if pooled is not None:
@@ -1457,15 +1529,22 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.eps)
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, spans: Sequence[Span], pooled: Tensor, prefix_states: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        spans: Sequence[Span],
+        pooled: Tensor,
+        prefix_states: Sequence[Tensor],
+        keep_states: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last layer's output for the `pooled` tokens (B, D), and each layer's keys and values.
+        """The last layer's output for the `pooled` tokens (B, D).
 
+        With `keep_states` also each layer's keys and values: 57 kB a token of the 2B in float32.
         Of all tokens, `hidden` is (N, D) and `positions` (N,): as in the authors' forward, token i
         of an input has position i on all three rotary axes, image tokens too. `prefix_states` are
         the keys and values of the prefix.
         """
-        rotation = Rotation.by(rotary_angles(positions, self.head_dim // 2, self.theta))
+        rotation = Rotation.from_angles(rotary_angles(positions, self.head_dim // 2, self.theta))
         prefix_length = len(prefix_states[0]) if prefix_states else 0
         mask = self.mask(prefix_length, max(span.longest for span in spans), hidden.device)
         states: list[Tensor] = []
@@ -1474,7 +1553,8 @@ class Decoder(nn.Module):
             # Nothing attends to what the last layer gives: only the tokens that are pooled go on.
             is_last = number == len(self.layers) - 1
             hidden, own = layer(hidden, rotation, spans, mask, before, pooled if is_last else None)
-            states.append(own)
+            if keep_states:
+                states.append(own)
         return self.norm(hidden), states
 
     def mask(self, prefix_length: int, longest: int, device: torch.device) -> Tensor:
@@ -1512,18 +1592,23 @@ class WeightReader:
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """A view of the file. Raises `StartError` for a weight that is missing or misshapen."""
         if name not in self.stored:
-            raise StartError(f"{self.directory}: the weight {name} is missing. Fetch the model again.")
+            raise StartError(f"{self.directory} lacks the weight {name}. {DOWNLOAD_ANEW}")
         file, stored_name = self.stored[name]
         weight = file.get_tensor(stored_name)
         if list(weight.shape) != list(shape):
             raise StartError(
-                f"{self.directory}: the weight {name} has the shape {list(weight.shape)},"
-                f" and config.json asks for {list(shape)}. Fetch the model again."
+                f"In {self.directory} the weight {name} has the shape {list(weight.shape)},"
+                f" and config.json asks for {list(shape)}. {DOWNLOAD_ANEW}"
             )
         return weight
 
 
-def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    network: Qwen2VL,
+    reader: WeightReader,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Fill a network that is on the meta device, tensor by tensor: at most one is there twice.
 
     The matrices and biases of linear layers and the table of embeddings are in `dtype`, all else in
@@ -1547,7 +1632,12 @@ def load_weights(network: Qwen2VL, reader: WeightReader, device: torch.device, d
             module.fold()
 
 
-def stored_parts(path: str, module: nn.Module, leaf: str, parameter: Tensor) -> list[tuple[str, Sequence[int]]]:
+def stored_parts(
+    path: str,
+    module: nn.Module,
+    leaf: str,
+    parameter: Tensor,
+) -> list[tuple[str, Sequence[int]]]:
     """The names and shapes in the checkpoint of what makes a parameter."""
     if not isinstance(module, MergedLinear):
         return [(f"{path}.{leaf}", parameter.shape)]
@@ -1561,25 +1651,34 @@ def place_patches(rows: int, columns: int) -> np.ndarray:
     return places.reshape(rows // 2, 2, columns // 2, 2, 2).swapaxes(1, 2).reshape(-1, 2)
 
 
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Of a CPU, torch says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def ran_out_of_memory(error: Exception) -> bool:
+    """Of a CPU, and of some of CUDA's own calls, torch says so in words alone."""
+    reason = str(error)
+    return "out of memory" in reason or "can't allocate memory" in reason
 
 
 class Model:
     """Embeds prepared inputs; for one thread at a time."""
 
-    def __init__(self, directory: Path, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         """Load the weights. Raises `StartError` for one that is missing or misshapen."""
         self.directory = directory
         self.device = device
         self.dtype = dtype
         self.dimension = config.width
         self.kernels = cpu_kernels(dtype, config.width) if device.type == "cpu" else cuda_kernels()
-        with torch.device("meta"):  # names and shapes, and no memory
+        # Names and shapes, and no memory.
+        with torch.device("meta"):
             self.network = Qwen2VL(config, self.kernels)
         load_weights(self.network, WeightReader(directory), device, dtype)
         self.kept_states = functools.lru_cache(KEPT_PREFIXES)(self.compute_states)
+        self.last_long_states = functools.lru_cache(1)(self.compute_states)
 
     def embed(self, inputs: Sequence[Input]) -> np.ndarray:
         """Unit embeddings (B, D), float32, of inputs that share their prefix.
@@ -1588,17 +1687,21 @@ class Model:
         """
         try:
             return self.forward(inputs)[0].cpu().numpy()
-        except torch.AcceleratorError as error:
-            raise DeviceLostError(f"The device {self.device} cannot go on: {error}") from None
         except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            sentence = "An input does not fit into the server's memory: send a smaller one."
-            raise TooLargeError(sentence) from None
+            if ran_out_of_memory(error):
+                sentence = "An input does not fit into the server's memory: send a smaller one."
+                raise TooLargeError(sentence) from None
+            if isinstance(error, torch.AcceleratorError):
+                raise DeviceLostError(f"The device {self.device} cannot go on: {error}") from None
+            raise
 
     @torch.inference_mode()
-    def forward(self, inputs: Sequence[Input]) -> tuple[Tensor, list[Tensor]]:
-        """The embeddings, still on the device, and each layer's keys and values."""
+    def forward(
+        self,
+        inputs: Sequence[Input],
+        keep_states: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings, still on the device, and each layer's keys and values where kept."""
         prefix = inputs[0].prefix
         prefix_states = self.prefix_states(prefix)
 
@@ -1611,27 +1714,37 @@ class Model:
         token_ids = self.to_device([inputs[index].token_ids[len(prefix) :] for index in order])
         own_positions = [np.arange(length) + len(prefix) for length in lengths[order]]
         positions = self.to_device(own_positions)
-        pooled = self.to_device([stops - 1])  # in the order of `inputs`, and so are the embeddings
+        # In the order of `inputs`, and so are the embeddings.
+        pooled = self.to_device([stops - 1])
 
         hidden = self.network.model.embed_tokens(token_ids).float()  # (N, D)
         self.put_images(hidden, inputs, starts)
         spans = self.spans(lengths[order])
-        final, states = self.network.model(hidden, positions, spans, pooled, prefix_states)
+        final, states = self.network.model(
+            hidden,
+            positions,
+            spans,
+            pooled,
+            prefix_states,
+            keep_states,
+        )
         return functional.normalize(final, dim=-1), states
 
     def prefix_states(self, prefix: tuple[int, ...]) -> list[Tensor]:
-        """Each layer's keys and values of a prefix: computed once, and kept where they are small."""
+        """A prefix's keys and values by layer, (tokens, 2 * kv_heads, head_dim)."""
         if not prefix:
             return []
-        if len(prefix) > MAX_KEPT_PREFIX:
-            return self.compute_states(prefix)
-        return self.kept_states(prefix)
+        if len(prefix) <= MAX_KEPT_PREFIX:
+            return self.kept_states(prefix)
+        if len(prefix) <= MAX_LONG_PREFIX:
+            return self.last_long_states(prefix)
+        return self.compute_states(prefix)
 
     def compute_states(self, prefix: tuple[int, ...]) -> list[Tensor]:
-        return self.forward([Input(np.array(prefix), ())])[1]
+        return self.forward([Input(np.array(prefix), ())], keep_states=True)[1]
 
     def put_images(self, hidden: Tensor, inputs: Sequence[Input], starts: np.ndarray) -> None:
-        """Put images in place of their tokens into hidden (N, D), where inputs begin at `starts`."""
+        """Write images over their tokens in hidden (N, D), where inputs begin at `starts`."""
         for group in self.image_groups(inputs):
             images = [inputs[index] for index in group]
             patches = [image.patches for image in images if image.patches is not None]
@@ -1664,10 +1777,10 @@ class Model:
         spans: list[Span] = []
         first_input = first_token = 0
         for stop_input in range(1, len(lengths) + 1):
-            # A span grows for as long as LIKE_LENGTH of its B * T slots hold a token.
+            # A span grows for as long as MIN_FILL of its B * T slots hold a token.
             with_next = lengths[first_input : stop_input + 1]
             slots_with_next = len(with_next) * with_next[-1]
-            if stop_input < len(lengths) and with_next.sum() >= LIKE_LENGTH * slots_with_next:
+            if stop_input < len(lengths) and with_next.sum() >= MIN_FILL * slots_with_next:
                 continue
             span_lengths = lengths[first_input:stop_input]
             longest = int(span_lengths[-1])
@@ -1693,7 +1806,7 @@ class Model:
 
         Raises `StartError` when the vectors are not finite, or differ by more than rounding.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (16, 3 * PATCH**2), np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (16, 3 * PATCH_SIDE**2), np.uint8)
         # 4 x 4 patches, which are 4 tokens, behind the prefix and the two tokens that follow it.
         image_start = len(texts[0].prefix) + 2
         with_image = replace(texts[0], image_start=image_start, grid=(4, 4), patches=noise)
@@ -1702,9 +1815,9 @@ class Model:
         together = self.forward(inputs)[0]
         if not (together.isfinite().all() and alone.isfinite().all()):
             raise StartError(
-                f"The weights in {self.directory} give vectors that are not finite in {self.dtype}:"
-                " they are damaged, or too large for it."
-                " Fetch the model again, or set GME_DTYPE=bfloat16."
+                f"{self.directory} gives vectors that are not finite in {self.dtype}: its weights"
+                f" are damaged, or too large for float16. {DOWNLOAD_ANEW}"
+                " Where GME_DTYPE is float16, try bfloat16 first."
             )
         distance = 1 - (together * alone).sum(1).min().item()
         if distance > MAX_DISTANCE[self.dtype]:
@@ -1723,11 +1836,12 @@ def choose_device(name: str, dtype_name: str) -> tuple[torch.device, torch.dtype
     """
     try:
         device = torch.device(automatic_device() if name == "auto" else name)
-        torch.ones(1, device=device).item()  # "meta" has no numbers
+        # Not on "meta", which has no numbers.
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         # torch's first sentence: for some devices, a list of 7,000 characters follows.
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
-        if "out of memory" in str(error):
+        if ran_out_of_memory(error):
             # The process before may still hold the memory: systemd tries again.
             raise StartLaterError(f"GME_DEVICE={name} cannot be used yet: {reason}.") from None
         advice = "Use cpu, or auto, which takes a GPU where torch finds one"
@@ -3184,7 +3298,12 @@ def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
     log.info("Loading %s on %s in %s.", settings.model_id, device, dtype)
     directory = find_checkpoint(settings)
     config = Config.read(directory)
-    prepare = Preparer(directory, settings.max_length, settings.max_image_pixels, settings.max_image_tokens)
+    prepare = Preparer(
+        directory,
+        settings.max_length,
+        settings.max_image_pixels,
+        settings.max_image_tokens,
+    )
     config.check_vocabulary(prepare.tokenizer)
     # Short, as every start computes them.
     probes = prepare([Source("A red circle on white."), Source("harbour")])
@@ -3254,7 +3373,7 @@ def exit_0_at_sigterm() -> None:
 def main(arguments: list[str]) -> None:
     """What `python gme_service.py` does.
 
-    `--version` prints it. All else are uvicorn's own options, after `--toy` with the toy model.
+    `--version` prints the version, `--toy` serves the toy model. All else is for uvicorn.
     """
     match arguments:
         case ["--version"]:

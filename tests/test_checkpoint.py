@@ -275,7 +275,7 @@ def test_a_missing_and_a_truncated_shard_are_fetched_again_and_nothing_else(
 def test_a_checkpoint_is_whole_when_every_file_that_is_read_is(by_hand: Path, name: str) -> None:
     assert gme.find_fault(by_hand) is None
     os.truncate(by_hand / name, (by_hand / name).stat().st_size - 10)
-    assert gme.find_fault(by_hand).startswith(f"{name} is damaged (")
+    assert re.match(rf"{name} is damaged \([A-Z]", gme.find_fault(by_hand))
     (by_hand / name).unlink()
     if name == gme.WEIGHT_INDEX:
         assert gme.find_fault(by_hand) == "model.safetensors is missing"  # which needs no index

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOY, WIDE, Patch, golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,21 +95,49 @@ def test_alone_and_in_a_mixed_batch_an_input_has_the_authors_vector(
         assert_golden(model, *batch, least=least, wide=wide)
 
 
+def test_images_that_share_a_call_of_the_vision_tower_have_the_same_vectors() -> None:
+    """As on a GPU: up to so many patches, in which the third image begins another call."""
+    model = gme.Model(TOY, gme.Config.read(TOY), CPU, torch.float32)
+    images = [case.number for case in golden() if case.image and GOLDEN[case.number].own_tokens <= FEW]
+    for batch in mixed_batches(images):
+        patches = [len(item.patches) for item in inputs(*batch) if item.patches is not None]
+        for together in (sum(patches), sum(patches[:2])):
+            model.kernels = replace(model.kernels, patches_together=together)
+            assert_golden(model, *batch)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
+def test_calls_of_attention_take_each_token_once_and_little_padding(lengths: list[int]) -> None:
+    lengths.sort()
+    spans = MODEL.spans(np.array(lengths))
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+    assert spans[-1].stop == sum(lengths)
+    assert sum(span.count for span in spans) == len(lengths)
+    tokens = torch.arange(float(sum(lengths)))[:, None]
+    for span in spans:
+        assert span.stop - span.start >= gme.MIN_FILL * span.count * span.longest
+        torch.testing.assert_close(span.unpad(span.pad(tokens)), tokens[span.start : span.stop])
+
+
 def test_an_instruction_is_computed_once_until_others_take_its_place(monkeypatch: Patch) -> None:
     computed: list[int] = []  # how many tokens the decoder reads, each time
     plain = functional.embedding
     monkeypatch.setattr(functional, "embedding", lambda ids, *rest: computed.append(ids.numel()) or plain(ids, *rest))
     model = gme.Model(TOY, gme.Config.read(TOY), CPU, torch.float32)
     (one,), others = inputs(16), prepare([gme.Source("a", None, f"Instruction {n}.") for n in range(20)])
-    (long,) = prepare([gme.Source("a", None, "a " * 400)])  # too long to keep
-    expected = {other.key: model.embed([replace(other, prefix=())]) for other in [one, *others, long]}
+    (long,) = prepare([gme.Source("a", None, "a " * 400)])  # of which only the last is kept
+    (endless,) = prepare([gme.Source("a", None, "a " * 3000)], max_length=4000)  # which is never kept
+    expected = {other.key: model.embed([replace(other, prefix=())]) for other in [one, *others, long, endless]}
 
     def prefix_tokens(one: gme.Input) -> int:
         computed.clear()
         np.testing.assert_allclose(model.embed([one]), expected[one.key], atol=1e-6)
         return sum(computed) - one.own_tokens
 
-    assert [prefix_tokens(x) for x in (one, long, long, one)] == [len(x.prefix) for x in (one, long, long)] + [0]
+    assert [prefix_tokens(x) for x in (one, long)] == [len(x.prefix) for x in (one, long)]
+    assert [prefix_tokens(x) for x in (endless, endless)] == [len(endless.prefix)] * 2
+    assert [prefix_tokens(x) for x in (one, long)] == [0, 0]
     assert [prefix_tokens(x) for x in others] == [len(x.prefix) for x in others]
     assert [prefix_tokens(x) for x in (others[-1], one)] == [0, len(one.prefix)]
 
@@ -243,15 +273,18 @@ class WithoutGuards(TorchFunctionMode):
 
 def test_on_cuda_no_operation_mixes_devices() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutGuards():  # no content: shapes, dtypes and devices alone
-        vectors = gme.Model(TOY, gme.Config.read(TOY), torch.device("cuda:0"), torch.float16).forward(
-            inputs(0, 26, 43)
-        )[0]
-    assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (3, MODEL.dimension))
+        model = gme.Model(TOY, gme.Config.read(TOY), torch.device("cuda:0"), torch.float16)
+        batch = [*inputs(0, 26, 43), *prepare([gme.Source("two of nearly the same length")])]
+        lengths = sorted(item.own_tokens for item in batch)
+        assert any(span.slots is not None for span in model.spans(np.array(lengths)))
+        vectors, _ = model.forward(batch)
+    gme.inverse_frequencies.cache_clear()  # which have no content
+    assert (vectors.device.type, vectors.dtype, vectors.shape) == ("cuda", torch.float32, (4, MODEL.dimension))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.9999), (torch.float16, 0.999)])
-def test_on_a_gpu_the_vectors_are_the_authors(dtype: torch.dtype, least: float) -> None:
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, None), (torch.float16, 0.999)])
+def test_on_a_gpu_the_vectors_are_the_authors(dtype: torch.dtype, least: float | None) -> None:
     model = gme.Model(TOY, gme.Config.read(TOY), torch.device("cuda"), dtype)
     model.check(prepare(PROBES))
     for batch in mixed_batches(range(len(GOLDEN))):
@@ -263,10 +296,11 @@ def test_on_a_gpu_the_vectors_are_the_authors(dtype: torch.dtype, least: float) 
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), gme.TooLargeError),
         (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), gme.TooLargeError),  # which no CPU has
+        (torch.AcceleratorError("CUDA error: out of memory"), gme.TooLargeError),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), gme.DeviceLostError),
         (RuntimeError("The size of tensor a must match"), RuntimeError),
     ],
-    ids=["memory of a GPU", "memory of a CPU", "device lost", "another fault"],
+    ids=["memory of a GPU", "memory of a CPU", "memory of CUDA itself", "device lost", "another fault"],
 )
 def test_what_fails_is_told_apart_and_the_next_batch_works(
     monkeypatch: Patch, fault: Exception | Callable[..., Tensor], kind: type[Exception]

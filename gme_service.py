@@ -1867,7 +1867,7 @@ def automatic_dtype(device: torch.device) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- 5. Batcher
-# How much is prepared, the batch under way included. A prepared image takes 2.4 kB a token.
+# How many batches' worth is prepared, with the one under way. An image takes 2.4 kB a token.
 AHEAD_BATCHES = 5
 # Characters of text that are tokenized in one go.
 CHUNK_CHARACTERS = 1 << 14
@@ -1887,8 +1887,8 @@ class Waiting:
     """What waits: at first it has a source, once prepared an input, and at last an embedding."""
 
     job: "Job"
-    # Its turn by the clock, and the serial number of its job: the lowest goes first.
-    place: tuple[float, int]
+    # Its turn by the clock, the serial number of its job, and its rank there: the lowest goes first.
+    place: tuple[float, int, int]
     source: Source
     input: Input | None = None
     embedding: np.ndarray | None = None
@@ -1898,32 +1898,36 @@ class Waiting:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request. It ends when all that it waits for has embeddings, or when some has failed."""
+    """One request. It ends when all its inputs have embeddings, or one has failed."""
 
     serial: int
     arrived: float
     ended: asyncio.Future[None]
-    waiting: list[Waiting] = field(default_factory=list)  # in the client's order
+    # In the client's order.
+    waiting: list[Waiting] = field(default_factory=list)
     unanswered: int = 0
-    tokens: int = 0  # of the inputs that are prepared
+    # Of the inputs that are prepared.
+    tokens: int = 0
 
 
-def place_of(waiting: Waiting) -> tuple[float, int]:
+def place_of(waiting: Waiting) -> tuple[float, int, int]:
     return waiting.place
 
 
 def isolate(
     function: Callable[[Sequence[Item]], Iterable[Result]], items: Sequence[Item]
 ) -> list[Result | ServiceError]:
-    """`function(items)`. Where it raises, of each half in turn, down to the items that fail alone.
+    """The results of `function(items)`, one for each item.
 
-    Their errors are their results. Raises `DeviceLostError`, after which nothing can be computed.
+    Where it raises, each half is tried in turn, down to single items: the error of an item that
+    fails alone is its result. Raises `DeviceLostError`, after which nothing can be computed.
     """
     try:
         return list(function(items))
     except DeviceLostError:
         raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    # A panic of the tokenizers library is no Exception.
+    except BaseException as error:
         if len(items) == 1 and isinstance(error, ServiceError):
             # A new one, as the traceback of this one keeps images and tensors.
             return [type(error)(str(error))]
@@ -1943,8 +1947,9 @@ class Batcher:
     the turns clock, clock + 1, and so on. The lowest turn goes first; among equals, that of the
     oldest request. A batch of 100 inputs while 4 bulk jobs wait moves the clock by 25; while one
     bulk job and 3 requests of one input wait, by 97. So a request of one input waits for the batch
-    under way and for one input of each other request, and a bulk job keeps its share beside any
-    number of those. An image counts as one input, however many tokens it has.
+    under way, for one input of each other request, and for a batch of each other instruction, as
+    those share none. A bulk job keeps its share beside any number of those. An image counts as one
+    input, however many tokens it has.
 
     The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which
     share nothing.
@@ -1975,7 +1980,8 @@ class Batcher:
 
         self.clock = 0.0
         self.serials = itertools.count()
-        self.jobs: set[Job] = set()  # those that have not ended
+        # Those that have not ended.
+        self.jobs: set[Job] = set()
         self.unanswered = 0
         # The queues, sorted by place. An input stays in `ready` while the model computes it, so
         # that an equal one that comes meanwhile shares the answer.
@@ -1986,8 +1992,11 @@ class Batcher:
         self.ready_by_key: dict[bytes, list[Waiting]] = {}
         self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.changed = asyncio.Event()
+        # Held by the loop that chooses an image and waits for its pixels, so that only one image
+        # waits for pixels, and all others can still be chosen by their turn.
+        self.choosing = asyncio.Lock()
 
-        cores = os.cpu_count() or 1
+        cores = min(len(os.sched_getaffinity(0)), 16)
         self.text_thread = ThreadPoolExecutor(1, "texts")
         self.image_threads = ThreadPoolExecutor(cores, "images")
         self.model_thread = ThreadPoolExecutor(1, "model")
@@ -2012,11 +2021,14 @@ class Batcher:
         try:
             await job.ended
             embeddings = np.array([waiting.embedding for waiting in job.waiting])
+            tokens = job.tokens
         finally:
             self.end(job)
+            # The traceback of an error would keep the job, which has the error, and all its images.
+            del job
         if not np.isfinite(embeddings).all():
-            raise ArithmeticError("An embedding is not finite: set GME_DTYPE to bfloat16.")
-        return embeddings, job.tokens
+            raise ArithmeticError("An embedding is not finite. Is GME_DTYPE float16? Try bfloat16.")
+        return embeddings, tokens
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -2036,7 +2048,7 @@ class Batcher:
                 loops.create_task(self.end_process_on_fault(self.prepare_images()))
 
     async def end_process_on_fault(self, loop: Coroutine[Any, Any, None]) -> None:
-        """Without one loop the process would answer nothing any more. Raises `SystemExit`."""
+        """Run a loop. Raises `SystemExit` when it fails, as without it nothing is answered."""
         try:
             await loop
         except Exception as fault:
@@ -2054,7 +2066,7 @@ class Batcher:
         for rank, index in enumerate(light_first):
             ranks[index] = rank
         for rank, source in zip(ranks, sources, strict=True):
-            waiting = Waiting(job, (self.clock + rank, job.serial), source)
+            waiting = Waiting(job, (self.clock + rank, job.serial, rank), source)
             job.waiting.append(waiting)
             self.put(waiting, self.texts if source.image is None else self.images)
         self.jobs.add(job)
@@ -2105,7 +2117,8 @@ class Batcher:
     def answer(self, waiting: Waiting, embedding: np.ndarray) -> None:
         job = waiting.job
         waiting.embedding = embedding
-        waiting.input = None  # its patches would stay until the job ends
+        # Its patches would stay until the job ends.
+        waiting.input = None
         job.unanswered -= 1
         self.unanswered -= 1
         if job.unanswered == 0 and not job.ended.done():
@@ -2121,39 +2134,45 @@ class Batcher:
 
     async def prepare_texts(self) -> None:
         """Prepare texts chunk by chunk, in a thread of their own: they never wait behind images."""
-        loop = asyncio.get_running_loop()
         while True:
             chunk = self.next_texts()
-            if not chunk:
+            if chunk:
+                await self.prepare_chunk(chunk)
+            else:
                 await self.changed.wait()
-                continue
-            sources = [waiting.source for waiting in chunk]
-            results = await loop.run_in_executor(self.text_thread, isolate, self.prepare, sources)
-            for waiting, result in zip(chunk, results, strict=True):
-                self.accept(waiting, result)
-            self.wake()
+
+    async def prepare_chunk(self, chunk: Sequence[Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+        sources = [waiting.source for waiting in chunk]
+        results = await loop.run_in_executor(self.text_thread, isolate, self.prepare, sources)
+        for waiting, result in zip(chunk, results, strict=True):
+            self.accept(waiting, result)
+        self.wake()
 
     async def prepare_images(self) -> None:
         """Prepare image after image; several of these loops run side by side."""
         while True:
-            waiting = self.next_image()
-            if waiting is None:
-                await self.changed.wait()
-                continue
-            await self.prepare_image(waiting)
+            await self.prepare_first_image()
             self.wake()
 
-    async def prepare_image(self, waiting: Waiting) -> None:
-        """An image has its share of the pixels before it takes a thread to decode them."""
+    async def prepare_first_image(self) -> None:
+        """Wait for the image whose turn is first, and prepare it."""
 
         def count(sources: Sequence[Source]) -> Iterable[int]:
             return map(self.count_pixels, sources)
 
-        pixels = await self.in_image_thread(count, waiting.source)
-        if isinstance(pixels, ServiceError):
-            self.accept(waiting, pixels)
-            return
-        async with self.pixels.share(pixels):
+        async with contextlib.AsyncExitStack() as shares:
+            async with self.choosing:
+                waiting = self.next_image()
+                while waiting is None:
+                    await self.changed.wait()
+                    waiting = self.next_image()
+                pixels = await self.in_image_thread(count, waiting.source)
+                if isinstance(pixels, ServiceError):
+                    self.accept(waiting, pixels)
+                    return
+                # An image has its pixels before it takes a thread to decode them.
+                await shares.enter_async_context(self.pixels.share(pixels))
             if waiting.job in self.jobs:
                 self.accept(waiting, await self.in_image_thread(self.prepare, waiting.source))
 
@@ -2167,6 +2186,7 @@ class Batcher:
     def next_texts(self) -> list[Waiting]:
         """The first texts, to be prepared in one go."""
         chunk: list[Waiting] = []
+        self.renew_turns(self.texts)
         if not self.texts or self.is_far_ahead(self.texts[0]):
             return chunk
         characters = 0
@@ -2181,11 +2201,29 @@ class Batcher:
         return chunk
 
     def next_image(self) -> Waiting | None:
+        self.renew_turns(self.images)
         if not self.images or self.is_far_ahead(self.images[0]):
             return None
         waiting = self.images.pop(0)
         waiting.queue = None
         return waiting
+
+    def renew_turns(self, queue: list[Waiting]) -> None:
+        """Turns cannot be saved up.
+
+        A job that was not prepared in time has missed turns. What of it is in this queue is numbered
+        anew from the clock, and does not go before all others once it is ready. A job of one input
+        keeps its turn.
+        """
+        passed = itertools.takewhile(lambda waiting: waiting.place[0] < self.clock - 1, queue)
+        late = {waiting.job: itertools.count() for waiting in passed if len(waiting.job.waiting) > 1}
+        if not late:
+            return
+        for waiting in queue:
+            if waiting.job in late:
+                turn = self.clock + next(late[waiting.job])
+                waiting.place = (turn, *waiting.place[1:])
+        queue.sort(key=place_of)
 
     def is_far_ahead(self, candidate: Waiting) -> bool:
         """Whether enough is ready that goes before it."""
@@ -2223,21 +2261,24 @@ class Batcher:
 
     async def compute_batches(self) -> None:
         """Compute batch after batch, in the one thread of the model."""
-        loop = asyncio.get_running_loop()
         while True:
             batch = self.next_batch()
-            if not batch:
+            if batch:
+                await self.compute_batch(batch)
+            else:
                 await self.changed.wait()
-                continue
-            # Now, not when it is computed: a request that comes meanwhile has later turns.
-            self.clock += self.turns_of(len(batch))
-            BATCH_INPUTS.observe(len(batch))
-            started = time.perf_counter()
-            results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
-            MODEL_SECONDS.observe(time.perf_counter() - started)
-            for item, result in zip(batch, results, strict=True):
-                self.deliver(item.key, result, started)
-            self.wake()
+
+    async def compute_batch(self, batch: Sequence[Input]) -> None:
+        loop = asyncio.get_running_loop()
+        # Now, not when it is computed: a request that comes meanwhile has later turns.
+        self.clock += self.turns_of(len(batch))
+        BATCH_INPUTS.observe(len(batch))
+        started = time.perf_counter()
+        results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
+        MODEL_SECONDS.observe(time.perf_counter() - started)
+        for item, result in zip(batch, results, strict=True):
+            self.deliver(item.key, result, started)
+        self.wake()
 
     def next_batch(self) -> list[Input]:
         """The first that is ready, and in order those that share its prefix, up to `max_tokens`."""
@@ -2269,6 +2310,8 @@ class Batcher:
                 self.answer(waiting, result)
         if isinstance(result, ServiceError) or not self.cache_entries:
             return
+        if not np.isfinite(result).all():
+            return
         # A copy, as the row itself would keep its batch.
         self.cache[key] = result.copy()
         while len(self.cache) > self.cache_entries:
@@ -2277,7 +2320,8 @@ class Batcher:
     def turns_of(self, computed: int) -> float:
         """Of so many inputs, how many turns each waiting job gets.
 
-        One input is a turn, and a job that has no more inputs takes no more turns.
+        One input is a turn, and a job that has no more inputs takes no more turns. Of fewer inputs
+        than jobs, those just answered have their part too: their clients come back.
         """
         if computed <= len(self.jobs):
             return computed / len(self.jobs)

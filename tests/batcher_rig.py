@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -49,10 +49,12 @@ class Rig:
 
     def __init__(self, max_tokens: int = 1000, max_queue: int = 16384, cache_entries: int = 0) -> None:
         self.prepared: list[str] = []  # names, in the order in which they were prepared
+        self.counted: list[str] = []  # names of pictures, in the order in which their pixels were counted
+        self.in_image_threads, self.lock = 0, threading.Lock()  # how many are counted or prepared just now
         self.batches: list[list[str]] = []  # names, as the model got them
         self.whole = set[str]()  # the last batch that was no half of the one before it
         self.unlawful: list[list[str]] = []  # batches against the rules
-        self.prepare_faults: dict[str, BaseException] = {}
+        self.prepare_faults: dict[str, BaseException | type[BaseException]] = {}
         self.model_faults: dict[str, BaseException | float] = {}  # raised, or put into the vector
         self.room = 1 << 30  # inputs for which there is memory
         self.gate, self.busy = threading.Event(), False  # the model waits at a closed gate
@@ -63,9 +65,27 @@ class Rig:
         self.batcher = gme.Batcher(self.prepare, self.count_pixels, self.embed, max_pixels=1000, **limits)
 
     def count_pixels(self, source: gme.Source) -> int:
-        return len(source.image)
+        with self.in_a_thread_of_images():
+            self.counted.append(name_of(source))
+            return len(source.image)
+
+    @contextlib.contextmanager
+    def in_a_thread_of_images(self) -> Iterator[None]:
+        with self.lock:
+            self.in_image_threads += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.in_image_threads -= 1
 
     def prepare(self, sources: Sequence[gme.Source]) -> list[gme.Input]:
+        if sources[0].image is None:
+            return self.read_all(sources)
+        with self.in_a_thread_of_images():
+            return self.read_all(sources)
+
+    def read_all(self, sources: Sequence[gme.Source]) -> list[gme.Input]:
         results: list[gme.Input] = []
         for name, source in zip(map(name_of, sources), sources, strict=True):
             self.prepared.append(name)

@@ -2353,7 +2353,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# In which a whole body has to come, its next piece, and the next piece of one that is refused.
+# Seconds for a whole body, for its next piece, and for the next piece of one that is refused.
 BODY_SECONDS = 600
 BODY_IDLE_SECONDS = 30
 DROP_IDLE_SECONDS = 10
@@ -2377,16 +2377,16 @@ class Texts(BaseModel, extra="forbid"):
 class ImageForm(BaseModel):
     """Send a multipart form in UTF-8: one or more `file` (curl: -F file=@photo.jpg), perhaps `text` and `prompt`."""
 
-    # Of a list alone, /docs would send the word "string".
+    # With a list as its only type, the form in /docs would send the word "string".
     file: bytes | list[bytes] = Field(description="Choose an image file. Several, each as `file`: one embedding each.")
     text: str = Field("", description="A text to fuse with each image.", examples=[""])
     prompt: str = Field("", description="Give one with queries, none with documents.", examples=[""])
 
 
-# The fields of /v1/embeddings are of four kinds, and each stands in one place: those of
-# `OpenAIRequest` say what to embed, or change its vector and are served; those of READ_PAST cannot
-# change a vector, and those of READ_PAST_AS not with this value. Any other is refused by its name,
-# so that nobody gets another vector than the one that was asked for.
+# A field of /v1/embeddings is of one of four kinds. Those of `OpenAIRequest` say what to embed, or
+# change what comes. Those of READ_PAST cannot change a vector, nor can those of READ_PAST_AS with
+# the value that they have there. Any other is refused by its name, so that nobody gets another
+# vector than the one that was asked for. /embed/text reads past the same fields.
 ITEM = "a text, an image's data URI, or an object with `text`, `image` (base64 or a data URI) or both"
 EXAMPLE = ["a red dot", {"image": "data:image/gif;base64,R0lGODlhAQABAIAAAP8AAAAAACwAAAAAAQABAAACAkQBADs="}]
 
@@ -2418,13 +2418,37 @@ class OpenAIRequest(BaseModel, extra="forbid"):
 
 
 READ_PAST = {
-    # OpenAI's
-    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    # of chats
-    *("seed", "temperature", "top_p", "top_k", "min_p", "n", "stop", "logit_bias", "logprobs", "top_logprobs"),
-    *("frequency_penalty", "presence_penalty", "repetition_penalty", "continue_final_message"),
-    # of servers and gateways
-    *("request_id", "rid", "priority", "cache_salt", "drop_params", "timeout", "keep_alive"),
+    # OpenAI's.
+    "model",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    # Of chats.
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "continue_final_message",
+    # Of servers and gateways.
+    "request_id",
+    "rid",
+    "priority",
+    "cache_salt",
+    "drop_params",
+    "timeout",
+    "keep_alive",
 }
 READ_PAST_AS: dict[str, object] = {
     "add_generation_prompt": True,
@@ -2495,11 +2519,10 @@ def mend_half_pairs(value: object) -> object:
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises pydantic's `ValidationError`, or `UnicodeDecodeError`."""
-    body = body.removeprefix(codecs.BOM_UTF8)
     try:
-        return JSON_OBJECT.validate_json(body)
+        return JSON_OBJECT.validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
-        text = body.decode()
+        text = body.decode().removeprefix("\ufeff")
         try:
             # Python's parser takes half pairs, where pydantic's takes none.
             mended = mend_half_pairs(json.loads(text))
@@ -2508,7 +2531,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         return JSON_OBJECT.validate_python(mended)
 
 
-def without_what_changes_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
+def drop_neutral_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that can change a vector. Raises `MalformedError` for a value not served."""
     kept = {}
     for name, value in fields.items():
@@ -2528,13 +2551,14 @@ def malformed(error: ValidationError, kind: type[BaseModel]) -> MalformedError:
     """The first fault, in a sentence that names its place; the first text is texts.1."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     steps = [str(step + 1 if isinstance(step, int) else step) for step in fault["loc"]]
-    place = ".".join(steps) or "body"
+    # Of a name of megabytes, difflib and the client get no more.
+    place = ".".join(steps)[:50] or "body"
     said = fault["msg"]
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place, kind.model_fields, n=1, cutoff=0.8)
         meant = f": did you mean `{near[0]}`?" if near else "."
-        return MalformedError(f"{place[:50]}: this field is not served{meant} {kind.__doc__}")
-    return MalformedError(f"{place[:50]}: {said}. {kind.__doc__}")
+        return MalformedError(f"{place}: this field is not served{meant} {kind.__doc__}")
+    return MalformedError(f"{place}: {said}. {kind.__doc__}")
 
 
 async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body:
@@ -2544,7 +2568,7 @@ async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body
     if has_too_many_values(body, 64 * max_inputs + 100_000):
         raise TooLargeError("The body has too many values: send fewer inputs, and texts instead of token ids.")
     try:
-        return kind.model_validate(without_what_changes_nothing(parse_object(body)))
+        return kind.model_validate(drop_neutral_fields(parse_object(body)))
     except UnicodeDecodeError as error:
         raise MalformedError(f"body: byte {error.start + 1} is not UTF-8: send JSON in UTF-8.") from None
     except ValidationError as error:
@@ -2554,7 +2578,10 @@ async def read_json(request: Request, kind: type[Body], max_inputs: int) -> Body
 # Reading a form
 
 
-async def parse_form(request: Request, max_files: int) -> tuple[list[multipart.File], list[multipart.Field]]:
+async def parse_form(
+    request: Request,
+    max_files: int,
+) -> tuple[list[multipart.File], list[multipart.Field]]:
     """The files and the fields of a multipart form, in memory.
 
     Raises `MalformedError`, `EncodingError` or `TooLargeError`.
@@ -2572,12 +2599,21 @@ async def parse_form(request: Request, max_files: int) -> tuple[list[multipart.F
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     config = {"MAX_MEMORY_FILE_SIZE": math.inf}
+    if kind != b"multipart/form-data":
+        raise MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}")
     try:
-        parser = multipart.FormParser(kind.decode(), fields.append, files.append, on_end, boundary, config=config)
+        parser = multipart.FormParser(
+            kind.decode(),
+            fields.append,
+            files.append,
+            on_end,
+            boundary,
+            config=config,
+        )
         async for chunk in request.stream():
             parser.write(chunk)
             if len(files) + len(fields) > max_files + len(FORM_FIELDS):
-                raise TooLargeError(f"The form has more than {max_files} files: send fewer.")
+                raise TooLargeError(f"The form has too many parts: send at most {max_files} files.")
     except ValueError:
         raise MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}") from None
     if not ended:
@@ -2609,7 +2645,7 @@ def read_file(file: multipart.File) -> tuple[str, bytes]:
 
 
 async def read_form(request: Request, max_files: int) -> list[Source]:
-    """The images of a multipart form. Raises `MalformedError` or `TooLargeError`."""
+    """A form's images. Raises `MalformedError`, `EncodingError` or `TooLargeError`."""
     files, fields = await parse_form(request, max_files)
     texts: dict[str, str] = {}
     for name, text in map(read_field, fields):
@@ -2619,10 +2655,10 @@ async def read_form(request: Request, max_files: int) -> list[Source]:
     if not files:
         raise MalformedError(f"file: there is none. {ImageForm.__doc__}")
     text = texts.get("text", "")
-    prompt = texts.get("prompt") or DEFAULT_INSTRUCTION
+    instruction = texts.get("prompt") or DEFAULT_INSTRUCTION
     sources = []
     for number, (file_name, data) in enumerate(map(read_file, files), start=1):
-        sources.append(Source(text, data, prompt, f"File {number} ({file_name}): "))
+        sources.append(Source(text, data, instruction, f"File {number} ({file_name}): "))
     return sources
 
 
@@ -2632,8 +2668,9 @@ async def read_form(request: Request, max_files: int) -> list[Source]:
 Content = tuple[str, bytes | None]
 # Qwen's own examples have `data:image;base64,`, without a subtype.
 DATA_URI = re.compile(r'\s*data:(?P<media>\w+/[^,;]*|image)?(?P<parameters>;(?:[^,"]|"[^"]*+")*+)?,', re.IGNORECASE)
+OTHER_URI = re.compile(r"\s*(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)
-# The most that may stand before a URI's data: to search megabytes holds the interpreter.
+# The most that is searched for the head of a URI: megabytes would hold the interpreter.
 MAX_URI_HEAD = 4096
 MESSAGES = "messages: send one `user` message, before it a `system` text if need be"
 
@@ -2661,7 +2698,7 @@ def read_image(value: object, name: str) -> bytes:
     """The bytes of an image in base64, or in a data URI. Raises `InputError`."""
     if not isinstance(value, str):
         raise InputError(f"{name}image: send a string, which is base64 or a data URI.")
-    if re.match(r"\s*(?!data:)[a-z][a-z0-9+.-]*:", value, re.IGNORECASE):
+    if OTHER_URI.match(value, 0, MAX_URI_HEAD):
         raise InputError(f"{name}image: no URL is fetched: send the image itself, as base64 or a data URI.")
     uri = DATA_URI.match(value, 0, MAX_URI_HEAD)
     media = (uri["media"] or "").strip()[:50] if uri else ""
@@ -2811,7 +2848,7 @@ def read_messages(messages: object) -> tuple[str, Content]:
         turns.pop()
     roles = [role for role, _ in turns]
     if "assistant" in roles:
-        raise MalformedError(f"{MESSAGES}; an `assistant` message is read past at the end, without text.")
+        raise MalformedError(f"{MESSAGES}; an `assistant` message may be the last, without text.")
     if roles not in (["user"], ["system", "user"]):
         raise MalformedError(f"{MESSAGES}, and no more: one conversation has one embedding.")
     system_text = read_system(turns[0][1]) if roles[0] == "system" else ""
@@ -2851,7 +2888,7 @@ def choose_instruction(request: OpenAIRequest, system_text: str, query_prompt: s
 
 
 def read_max_tokens(sent: int | None) -> int | None:
-    """The tokens that are left of a text, by `truncate_prompt_tokens`. Raises `MalformedError`."""
+    """At how many tokens to cut a text; None: at no limit of its own. Raises `MalformedError`."""
     if sent == 0:
         raise MalformedError("truncate_prompt_tokens: 0 leaves nothing: send at least 1, or -1 for no cut of your own.")
     return None if sent == -1 else sent
@@ -2912,7 +2949,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def name_other_methods(info: metrics.Info) -> None:
-    """A method becomes a label of the metrics, so that a client must not make up new ones."""
+    """Count unknown methods as one: each would be a label, which the metrics keep for ever."""
     if info.method not in HTTPMethod.__members__:
         info.method = "OTHER"
 
@@ -2938,7 +2975,7 @@ class NormalizePath:
 
 
 class LimitBodyTime:
-    """Does the body come in time? All within `max_seconds`, each piece within `max_idle`."""
+    """Does the body come in time? All in `max_seconds`, each piece in `max_idle` seconds."""
 
     def __init__(self, app: ASGIApp, max_seconds: float, max_idle: float) -> None:
         self.app = app
@@ -2962,7 +2999,7 @@ class LimitBodyTime:
                 async with asyncio.timeout_at(min(clock() + self.max_idle, end)):
                     message = await receive()
             except TimeoutError:
-                # Who reads on is not to wait again.
+                # Every later read fails at once.
                 end = clock()
                 raise SlowBodyError(SlowBodyError.example) from None
             more = message.get("more_body", False)
@@ -3000,18 +3037,18 @@ class ReadBeforeAnswering:
             return message
 
         async def send_when_read(message: Message) -> None:
-            if more:
+            if more or held:
                 held.append(message)
             else:
                 await send(message)
 
-        # When the app has returned, it keeps nothing of the body.
+        # The rest is read after the app has returned, and so has let go of the body.
         await self.app(scope, receive_watched, send_when_read)
         dropped = 0
         with contextlib.suppress(TimeoutError, SlowBodyError):
             while held and more and dropped < self.max_dropped and not may_wait_for_leave:
                 async with asyncio.timeout(self.max_idle):
-                    # Nothing may hold a piece while the next is awaited: no name is given to it.
+                    # A variable would keep one piece in memory while the next is awaited.
                     dropped += len((await receive_watched()).get("body", b""))
         for message in held:
             if more and message["type"] == "http.response.start":
@@ -3079,20 +3116,25 @@ def inputs_of_its_kind(source: Source) -> Counter:
     return FUSED_INPUTS if source.text else IMAGE_INPUTS
 
 
-async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], most: int) -> tuple[np.ndarray, int]:
+async def embed(
+    request: Request,
+    batcher: Batcher,
+    sources: Sequence[Source],
+    max_inputs: int,
+) -> tuple[np.ndarray, int]:
     """The batcher's answer. When the client leaves before, what is not computed yet is dropped.
 
     Raises `InputError` or `TooLargeError` for their number, what the batcher raises,
     `ClientDisconnect` when the client has left, and `BusyError` when the service stops.
     """
     if not sources:
-        raise InputError(f"The request has 0 inputs: send 1 to {most}.")
-    if len(sources) > most:
-        raise TooLargeError(f"The request has {len(sources)} inputs: send 1 to {most}.")
+        raise InputError(f"The request has 0 inputs: send 1 to {max_inputs}.")
+    if len(sources) > max_inputs:
+        raise TooLargeError(f"The request has {len(sources)} inputs: send 1 to {max_inputs}.")
     answer = asyncio.ensure_future(batcher.embed(sources))
     # It ends when the client leaves, as the whole body has been read.
     left = asyncio.ensure_future(request.receive())
-    left.add_done_callback(lambda _: answer.cancel())
+    left.add_done_callback(answer.cancel)
     try:
         embeddings, tokens = await answer
     except asyncio.CancelledError:
@@ -3101,6 +3143,8 @@ async def embed(request: Request, batcher: Batcher, sources: Sequence[Source], m
         raise BusyError("Stopping: try again.") from None
     finally:
         left.cancel()
+        # The traceback of its error would keep it, with all images of the request.
+        del answer
     for source in sources:
         inputs_of_its_kind(source).inc()
     TOKENS.inc(tokens)
@@ -3134,9 +3178,9 @@ class Api:
     async def embed_text(self, request: Request) -> Response:
         """One embedding per text, in their order."""
         body = await read_json(request, Texts, self.max_inputs)
-        prompt = body.prompt or DEFAULT_INSTRUCTION
+        instruction = body.prompt or DEFAULT_INSTRUCTION
         sources = [
-            Source(text, instruction=prompt, name=f"Input {number}: ")
+            Source(text, instruction=instruction, name=f"Input {number}: ")
             for number, text in enumerate(body.texts, start=1)
         ]
         embeddings, _ = await embed(request, self.batcher, sources, self.max_inputs)
@@ -3197,7 +3241,12 @@ class Api:
         return json_response(self.health_entry(self.queue_depth()))
 
     def health_entry(self, queue_depth: int) -> dict[str, Any]:
-        return {"status": "ok", **self.state, "dimension": self.dimension, "queue_depth": queue_depth}
+        return {
+            "status": "ok",
+            **self.state,
+            "dimension": self.dimension,
+            "queue_depth": queue_depth,
+        }
 
     async def page(self) -> Response:
         """The page that compares pictures with sentences."""
@@ -3250,11 +3299,12 @@ def openai_description() -> str:
 
     return "\n".join(
         [
-            "OpenAI's list object, with one embedding per input in their order. Its fields are of four kinds:\n",
+            "OpenAI's list object, with one embedding per input in their order.\n",
+            "The fields of a request are of four kinds:\n",
             f"- They say what to embed: {listed(says_what)}, one of the two.",
             f"- They change what comes, and are served: {listed(served)}.",
-            f"- They cannot change a vector, and are read past: {listed(sorted(READ_PAST))}, and null in any field;",
-            f"  {listed(fixed)}.",
+            f"- They cannot change a vector, and are read past: {listed(sorted(READ_PAST))};",
+            f"  null in any field; and with this value alone {listed(fixed)}.",
             "- All others are refused by their name.",
         ]
     )
@@ -3279,7 +3329,7 @@ def add_routes(app: FastAPI, api: Api) -> None:
     model = {200: example(api.model_entry())} | describe_errors(401, 404)
     app.add_api_route("/v1/models", api.openai_models, responses=models, **guarded)
     app.add_api_route("/v1/models/{model_id:path}", api.openai_model, responses=model, **guarded)
-    health = {200: example(api.health_entry(0))}
+    health: dict[int | str, Any] = {200: example(api.health_entry(0))}
     app.add_api_route("/health", api.health, tags=["State"], responses=health)
     app.add_api_route("/", api.page, include_in_schema=False)
 

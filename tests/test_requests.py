@@ -290,7 +290,7 @@ def test_another_conversation_is_refused_by_name(messages: object, word: str) ->
 
 
 def read(**fields: object) -> list[gme.Source]:
-    kept = gme.without_what_changes_nothing(fields)
+    kept = gme.drop_neutral_fields(fields)
     return gme.read_sources(gme.OpenAIRequest.model_validate(kept), QUERY_PROMPT)
 
 

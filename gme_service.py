@@ -255,8 +255,8 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
 # -------------------------------------------------------------------------------------------------- 2. Checkpoint
 WEIGHT_INDEX = "model.safetensors.index.json"
-# The end of an error about what a download would mend, and no start finds by itself.
-DOWNLOAD_ANEW = "Delete it and start again, which downloads it anew."
+# Ends an error about a fault that a download mends, and `find_fault` does not see.
+DOWNLOAD_ANEW = "The next start then downloads it anew."
 SPECIAL_TOKENS = (
     # Those of the authors' prompt.
     "<|im_start|>",
@@ -466,7 +466,7 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def read_fields(path: Path, fields: type[Fields]) -> Fields:
-    """The fields of a JSON file. Raises `StartError` if it cannot be read, or has others."""
+    """The fields of a JSON file. Raises `StartError` for a file, or a value, that is not served."""
     try:
         return fields.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -547,7 +547,7 @@ class Config:
             raise StartError(
                 "tokenizer.json and config.json are not of one model: the tokenizer has the id"
                 f" {last} for {token!r}, and vocab_size is {self.vocabulary}."
-                " Delete both and start again, which downloads them anew."
+                " Delete both: the next start then downloads them anew."
             )
 
 
@@ -558,10 +558,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     # The library raises no kind of its own.
     except Exception as error:
-        raise StartError(f"{path} is no tokenizer: {error}. {DOWNLOAD_ANEW}") from None
+        raise StartError(f"{path} is no tokenizer ({error}): delete it. {DOWNLOAD_ANEW}") from None
     for token in SPECIAL_TOKENS:
         if tokenizer.token_to_id(token) is None:
-            raise StartError(f"{path} is not a Qwen2-VL's: it has no {token}. {DOWNLOAD_ANEW}")
+            raise StartError(f"{path} is not a Qwen2-VL's: it has no {token}. Delete it. {DOWNLOAD_ANEW}")
     return tokenizer
 
 
@@ -604,6 +604,7 @@ JPEG_WINDOW = 1 << 20
 MAX_PNG_CHUNKS = 100_000
 # Bytes: the longest that a JPEG segment can be. Pillow makes up to 32 times as much of it.
 MAX_EXIF = 1 << 16
+NO_MEMORY = "The image does not fit into the server's memory: scale it down."
 # Errors that Pillow raises for a damaged EXIF.
 EXIF_ERRORS = (AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error)
 
@@ -927,8 +928,7 @@ def refusing(name: str) -> Iterator[None]:
     except ServiceError as error:
         raise type(error)(f"{name}{error}") from None
     except MemoryError:
-        sentence = "The image does not fit into the server's memory: scale it down."
-        raise TooLargeError(f"{name}{sentence}") from None
+        raise TooLargeError(f"{name}{NO_MEMORY}") from None
     # For a broken file, Pillow raises nearly anything.
     except Exception:
         raise InputError(f"{name}The image cannot be decoded: send a whole file of {', '.join(FORMATS)}.") from None
@@ -1023,7 +1023,10 @@ class Preparer:
         if source.image is not None:
             with refusing(source.name), open_image(source.image, self.max_pixels) as image:
                 decoded = decode(image)
-            grid, patches = to_patches(resize(decoded, self.max_image_tokens))
+            try:
+                grid, patches = to_patches(resize(decoded, self.max_image_tokens))
+            except MemoryError:
+                raise TooLargeError(f"{source.name}{NO_MEMORY}") from None
             start = len(system_ids) + 1
             token_ids = self.with_image(source, token_ids, start, len(patches) // 4)
 
@@ -1093,7 +1096,7 @@ QUICK_GELU = 1.702
 VISION_THETA = 10_000
 LAYER_NORM_EPS = 1e-6
 # Prefixes whose keys and values are kept, and the most tokens of each: 7 MB for the 2B model in
-# bfloat16. Of longer ones the last is, so that its next batches need not compute it: up to 58 MB.
+# bfloat16, twice that in float32. Of longer ones the last one's are, for its next batches: 59 MB.
 KEPT_PREFIXES = 16
 MAX_KEPT_PREFIX = 256
 MAX_LONG_PREFIX = 2048
@@ -1592,13 +1595,13 @@ class WeightReader:
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """A view of the file. Raises `StartError` for a weight that is missing or misshapen."""
         if name not in self.stored:
-            raise StartError(f"{self.directory} lacks the weight {name}. {DOWNLOAD_ANEW}")
+            raise StartError(f"There is no weight {name}: delete {self.directory}. {DOWNLOAD_ANEW}")
         file, stored_name = self.stored[name]
         weight = file.get_tensor(stored_name)
         if list(weight.shape) != list(shape):
             raise StartError(
-                f"In {self.directory} the weight {name} has the shape {list(weight.shape)},"
-                f" and config.json asks for {list(shape)}. {DOWNLOAD_ANEW}"
+                f"The weight {name} has the shape {list(weight.shape)}, and config.json asks for"
+                f" {list(shape)}: delete {self.directory}. {DOWNLOAD_ANEW}"
             )
         return weight
 
@@ -1815,9 +1818,9 @@ class Model:
         together = self.forward(inputs)[0]
         if not (together.isfinite().all() and alone.isfinite().all()):
             raise StartError(
-                f"{self.directory} gives vectors that are not finite in {self.dtype}: its weights"
-                f" are damaged, or too large for float16. {DOWNLOAD_ANEW}"
-                " Where GME_DTYPE is float16, try bfloat16 first."
+                f"The weights give vectors that are not finite in {self.dtype}. If that is float16,"
+                " set GME_DTYPE=bfloat16. Otherwise they are damaged:"
+                f" delete {self.directory}. {DOWNLOAD_ANEW}"
             )
         distance = 1 - (together * alone).sum(1).min().item()
         if distance > MAX_DISTANCE[self.dtype]:
@@ -1887,7 +1890,7 @@ class Waiting:
     """What waits: at first it has a source, once prepared an input, and at last an embedding."""
 
     job: "Job"
-    # Its turn by the clock, the serial number of its job, and its rank there: the lowest goes first.
+    # Its turn by the clock, its job's serial number, and its rank there: the lowest goes first.
     place: tuple[float, int, int]
     source: Source
     input: Input | None = None
@@ -1948,8 +1951,8 @@ class Batcher:
     oldest request. A batch of 100 inputs while 4 bulk jobs wait moves the clock by 25; while one
     bulk job and 3 requests of one input wait, by 97. So a request of one input waits for the batch
     under way, for one input of each other request, and for a batch of each other instruction, as
-    those share none. A bulk job keeps its share beside any number of those. An image counts as one
-    input, however many tokens it has.
+    inputs of different instructions share none. A bulk job keeps its share beside any number of
+    those. An image counts as one input, however many tokens it has.
 
     The event loop owns all state. Threads run `count_pixels`, `prepare` and `compute`, which
     share nothing.
@@ -1992,7 +1995,7 @@ class Batcher:
         self.ready_by_key: dict[bytes, list[Waiting]] = {}
         self.cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.changed = asyncio.Event()
-        # Held by the loop that chooses an image and waits for its pixels, so that only one image
+        # Held by the loop that opens an image and waits for its pixels, so that only one image
         # waits for pixels, and all others can still be chosen by their turn.
         self.choosing = asyncio.Lock()
 
@@ -2027,7 +2030,7 @@ class Batcher:
             # The traceback of an error would keep the job, which has the error, and all its images.
             del job
         if not np.isfinite(embeddings).all():
-            raise ArithmeticError("An embedding is not finite. Is GME_DTYPE float16? Try bfloat16.")
+            raise ArithmeticError("An embedding is not finite. In float16, set GME_DTYPE=bfloat16.")
         return embeddings, tokens
 
     @contextlib.asynccontextmanager
@@ -2171,6 +2174,8 @@ class Batcher:
                 if isinstance(pixels, ServiceError):
                     self.accept(waiting, pixels)
                     return
+                if waiting.job not in self.jobs:
+                    return
                 # An image has its pixels before it takes a thread to decode them.
                 await shares.enter_async_context(self.pixels.share(pixels))
             if waiting.job in self.jobs:
@@ -2186,7 +2191,6 @@ class Batcher:
     def next_texts(self) -> list[Waiting]:
         """The first texts, to be prepared in one go."""
         chunk: list[Waiting] = []
-        self.renew_turns(self.texts)
         if not self.texts or self.is_far_ahead(self.texts[0]):
             return chunk
         characters = 0
@@ -2201,7 +2205,6 @@ class Batcher:
         return chunk
 
     def next_image(self) -> Waiting | None:
-        self.renew_turns(self.images)
         if not self.images or self.is_far_ahead(self.images[0]):
             return None
         waiting = self.images.pop(0)
@@ -2211,18 +2214,21 @@ class Batcher:
     def renew_turns(self, queue: list[Waiting]) -> None:
         """Turns cannot be saved up.
 
-        A job that was not prepared in time has missed turns. What of it is in this queue is numbered
-        anew from the clock, and does not go before all others once it is ready. A job of one input
-        keeps its turn.
+        A job that was not prepared in time has missed turns. What of it is in this queue moves by
+        those, to begin at the clock, and does not go before all others once it is ready. A job of
+        one input keeps its turn.
         """
         passed = itertools.takewhile(lambda waiting: waiting.place[0] < self.clock - 1, queue)
-        late = {waiting.job: itertools.count() for waiting in passed if len(waiting.job.waiting) > 1}
-        if not late:
+        missed: dict[Job, float] = {}
+        for waiting in passed:
+            if len(waiting.job.waiting) > 1:
+                missed.setdefault(waiting.job, self.clock - waiting.place[0])
+        if not missed:
             return
         for waiting in queue:
-            if waiting.job in late:
-                turn = self.clock + next(late[waiting.job])
-                waiting.place = (turn, *waiting.place[1:])
+            if waiting.job in missed:
+                turn, serial, rank = waiting.place
+                waiting.place = (turn + missed[waiting.job], serial, rank)
         queue.sort(key=place_of)
 
     def is_far_ahead(self, candidate: Waiting) -> bool:
@@ -2272,6 +2278,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         # Now, not when it is computed: a request that comes meanwhile has later turns.
         self.clock += self.turns_of(len(batch))
+        self.renew_turns(self.texts)
+        self.renew_turns(self.images)
         BATCH_INPUTS.observe(len(batch))
         started = time.perf_counter()
         results = await loop.run_in_executor(self.model_thread, isolate, self.compute, batch)
@@ -2958,7 +2966,7 @@ def name_other_methods(info: metrics.Info) -> None:
 
 
 class NormalizePath:
-    """Has the path slashes at the end, or in a row? Then it means the route without them.
+    """Has the path slashes at the end, or several in a row? Then they are left out.
 
     A redirect would say so too, but proxies bend its address.
     """
@@ -3416,7 +3424,7 @@ def load(settings: Settings) -> tuple[Preparer, Model, Batcher]:
 
 def create_batcher(settings: Settings, prepare: Preparer, model: Model) -> Batcher:
     """The batcher of a model, with what the settings leave open chosen for its device."""
-    # Enough to keep the device busy, and no more: so long may a lone query have to wait.
+    # Enough to keep the device busy, and no more: a lone query may wait for a whole batch.
     max_tokens = 8192
     if model.device.type == "cpu":
         max_tokens = min(256 * torch.get_num_threads(), 8192)

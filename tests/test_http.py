@@ -382,9 +382,9 @@ HOSTILE = {  # nearly all that a body may have, and the statuses that it may get
 
 @pytest.fixture
 def quick(server: Address) -> Iterator[None]:
-    """Within the test, /health is asked without a pause, and no answer takes two seconds of the server's processor.
+    """Within the test, /health is asked without a pause, and no answer takes the server two seconds of work.
 
-    The time on the wall would be that of all that this machine does meanwhile.
+    That is the processor's time of all its threads: the wall's is that of all that this machine does meanwhile.
     """
     spent, done = [0.0], threading.Event()
 

@@ -411,6 +411,19 @@ def test_a_file_of_very_many_pixels_or_parts_is_refused_by_their_number(kind: st
     assert cost.megabytes < 150
 
 
+@pytest.mark.parametrize("method", ["load", "resize"])
+def test_an_image_that_does_not_fit_into_the_memory_is_too_large_and_not_broken(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, method, run_out)
+    image = (IMAGES / "800x600.png").read_bytes()
+    with pytest.raises(gme.TooLargeError, match=r"^File 1: The image does not fit"):
+        prepare([gme.Source("", image, name="File 1: ")])
+
+
 def test_of_a_png_only_the_chunks_that_make_its_pixels_are_parsed() -> None:
     # 10 million lines of it, parsed as EXIF, hold the interpreter for a second
     lines = chunk(b"tEXt", b"Raw profile type exif\0" + b"ab\n" * 10_000_000)

@@ -26,7 +26,7 @@ def build() -> FastAPI:
     try:
         from gme_service import app
     except SystemExit as stop:  # it would end the thread of the replica's event loop, and leave the replica hanging
-        raise RuntimeError(str(stop.__context__ if stop.code == 78 else stop)) from None
+        raise RuntimeError(str(stop.__context__ or stop)) from None
     return app
 
 

@@ -167,6 +167,15 @@ def test_a_setting_that_cannot_be_used_is_a_sentence_and_no_hanging_replica(depl
     assert "GME_MAX_LENGTH" in str(application.deployments["GME"].message)
 
 
+def test_a_hub_that_is_down_is_a_sentence_too(tmp_path: Path) -> None:
+    hub = {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+    options = {"env": os.environ | hub | {"GME_MODEL_DIR": str(tmp_path)}, "capture_output": True, "text": True}
+    command = [sys.executable, "-c", "from deploy import ray_serve; ray_serve.build()"]
+    done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, **options)
+    assert "RuntimeError: In " in done.stderr
+    assert "downloading failed" in done.stderr
+
+
 def test_the_config_file_scales_to_two_under_load_and_back_and_no_request_fails(
     cluster: Cluster, service: Address, tmp_path: Path
 ) -> None:

@@ -45,8 +45,8 @@ DESCRIPTION = "_made_by.json"
 UNFINISHED = "_unfinished"
 # Inputs of a worker's first part: on a CPU, one may take a minute.
 FIRST_PART = 1
-# 4096 embeddings of the 2B model take 25 MB.
-LARGEST_PART = 4096
+# 32,768 embeddings of the 2B model take 200 MB.
+LARGEST_PART = 1 << 15
 # Near the end the parts become smaller, but not below this.
 SMALL_PART = 16
 # Texts that share a request to the batcher. A picture has one of its own.
@@ -802,7 +802,9 @@ class Job:
         if self.again:
             return self.again.pop()
         left = len(inputs) - self.given
-        share = max(SMALL_PART, left // (2 * len(self.workers)))
+        share = left
+        if len(self.workers) > 1:
+            share = max(SMALL_PART, left // (2 * len(self.workers)))
         part = inputs.slice(self.given, min(self.sizes[worker], share))
         self.given += len(part)
         return part

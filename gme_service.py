@@ -696,6 +696,8 @@ class PixelBudget:
 
 
 # The gatekeeper: what of an image file may be decoded at all, by its first bytes and its header.
+
+
 class TimedFile(io.BytesIO):
     """A file in memory that can be read until its thread's processor time reaches `deadline`."""
 
@@ -1588,7 +1590,7 @@ class WeightReader:
         for path in sorted(weight_files(directory)):
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118
-                # A newer transformers saves `model.language_model.` and `model.visual.`.
+                # A newer transformers saves them as `model.language_model.` and `model.visual.`.
                 published = re.sub(r"language_model\.|model\.(?=visual\.)", "", name)
                 self.stored[published] = (file, name)
 
@@ -1656,6 +1658,8 @@ def place_patches(rows: int, columns: int) -> np.ndarray:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Of a CPU, and of some of CUDA's own calls, torch says so in words alone."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     reason = str(error)
     return "out of memory" in reason or "can't allocate memory" in reason
 
@@ -2062,7 +2066,10 @@ class Batcher:
     def enqueue(self, sources: Sequence[Source]) -> Job:
         loop = asyncio.get_running_loop()
         job = Job(
-            serial=next(self.serials), arrived=time.perf_counter(), ended=loop.create_future(), unanswered=len(sources)
+            serial=next(self.serials),
+            arrived=time.perf_counter(),
+            ended=loop.create_future(),
+            unanswered=len(sources),
         )
         ranks = [0] * len(sources)
         light_first = sorted(range(len(sources)), key=lambda index: sources[index].weight)
@@ -2607,8 +2614,9 @@ async def parse_form(
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     config = {"MAX_MEMORY_FILE_SIZE": math.inf}
+    no_form = MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}")
     if kind != b"multipart/form-data":
-        raise MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}")
+        raise no_form
     try:
         parser = multipart.FormParser(
             kind.decode(),
@@ -2623,7 +2631,7 @@ async def parse_form(
             if len(files) + len(fields) > max_files + len(FORM_FIELDS):
                 raise TooLargeError(f"The form has too many parts: send at most {max_files} files.")
     except ValueError:
-        raise MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}") from None
+        raise no_form from None
     if not ended:
         raise MalformedError(f"body: the form has no end. {ImageForm.__doc__}")
     return files, fields

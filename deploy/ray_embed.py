@@ -650,8 +650,11 @@ def worker_options(workers: int | None) -> tuple[int, dict[str, Any]]:
 
 def worker_settings(on_gpu: bool) -> dict[str, str]:
     """The environment variables of a worker, which are those of this process."""
-    settings = {name: value for name, value in os.environ.items() if name.startswith(("GME_", "MODELSCOPE_"))}
-    settings = {name: value for name, value in settings.items() if name not in SECRETS}
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("GME_", "MODELSCOPE_")) and name not in SECRETS
+    }
     # Where a GPU is lost, a worker must not go on with the processor.
     if on_gpu and (settings.get("GME_DEVICE") or "auto") == "auto":
         settings["GME_DEVICE"] = "cuda"

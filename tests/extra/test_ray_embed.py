@@ -114,12 +114,13 @@ def write_texts(folder: Path, copies: int) -> dict[int, np.ndarray]:
     return {number: case.vector for number, case in enumerate(cases)}
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Nothing says when; poll."""
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """What the condition is when it holds. Nothing says when; poll."""
     started = time.monotonic()
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() - started < PATIENCE, f"It never came to this: {what}"
         time.sleep(0.02)
+    return found
 
 
 def children(process: int) -> set[int]:
@@ -209,15 +210,20 @@ def test_a_killed_worker_is_replaced_and_a_killed_job_goes_on(tmp_path: Path, cl
     def files() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in out.glob("*.parquet")}
 
+    def both() -> set[int]:
+        found = workers_of(cluster)
+        return found if files() and len(found) == 2 else set()
+
     job = start(*arguments)
-    wait_until(lambda: files() and len(workers_of(cluster)) == 2, "both workers work")
-    first = workers_of(cluster)
-    os.kill(next(iter(first)), signal.SIGKILL)
-    wait_until(
-        lambda: len(workers_of(cluster) & first) == 1 and workers_of(cluster) - first, "another works in its place"
-    )
+    killed, other = wait_until(both, "both workers work")
+    # With a part that never ends, the job does not either, however fast the machine is.
+    os.kill(other, signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: workers_of(cluster) - {killed, other}, "another works in its place")
     job.kill()
     job.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(other, signal.SIGCONT)
     finished = files()
     rows = len(read(out, "id"))
     assert 0 < rows < len(expected)
@@ -231,7 +237,6 @@ def test_a_killed_worker_is_replaced_and_a_killed_job_goes_on(tmp_path: Path, cl
     kept = int(re.search(r"(\d+) were finished before", told)[1])
     assert kept >= rows
     assert f"Finished: {len(expected) - kept} inputs" in told
-    assert re.search(r"^\d+ of \d+ done, 0 failed, .* inputs/s, \d+ s left$", told, re.MULTILINE)
     assert files().items() >= finished.items()
     assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == ["_made_by.json"]
 

@@ -239,6 +239,14 @@ def test_without_onednns_operators_the_vectors_are_the_same(
     assert "oneDNN" in caplog.text
 
 
+@pytest.mark.parametrize("attend", [gme.attend_in_chunks, attention], ids=["without AMX", "with AMX"])
+def test_attention_of_an_image_in_bfloat16_is_near_the_exact_one(attend: Callable[..., Tensor]) -> None:
+    seeded = torch.Generator().manual_seed(0)
+    rows = torch.randn((3, 1, 2, 1100, 80), generator=seeded).bfloat16()  # query, key and value
+    exact = attention(*rows.double())
+    torch.testing.assert_close(attend(*rows).double(), exact, atol=0.01, rtol=0)
+
+
 class WithoutGuards(TorchFunctionMode):
     """What a build of torch for CPUs lacks to compute with fake CUDA tensors: indexing, `tensor` and `asarray`."""
 

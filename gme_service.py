@@ -1125,6 +1125,8 @@ class Kernels:
     pack: Callable[[Tensor], Tensor] | None = None
     # Patches that pass the MLP of a vision block in one call.
     rows_together: int = ALL_ROWS
+    # Tokens, or patches, whose queries and keys are rotated in one call.
+    rows_turned: int = ALL_ROWS
     # Patches of several images that share a call of the vision tower. With more, memory grows
     # and speed does not.
     patches_together: int = 1 << 14
@@ -1198,8 +1200,9 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     if features.get("avx2") and not features.get("amx_bf16"):
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
-    # One image at a time, and so many of its patches that the MLP's inner layer fits into a cache.
-    kernels = replace(TORCH, rows_together=512, patches_together=1)
+    # One image at a time, and so many of its patches that what an operator hands to the next stays
+    # in a cache. To rotate 4,888 patches at once takes six times as long as 128 at a time.
+    kernels = replace(TORCH, rows_together=512, rows_turned=128, patches_together=1)
     if dtype == torch.bfloat16 and not features.get("amx_bf16"):
         kernels = replace(kernels, attend=attend_in_chunks)
     if not onednn_agrees(dtype):
@@ -1245,29 +1248,33 @@ class MergedLinear(Linear):
 
 
 class Rotation(NamedTuple):
-    """What rotary position embedding multiplies by, float32."""
+    """Rotary position embedding of N tokens, or patches."""
 
-    # (N, 1, head_dim): those of the pairs, twice.
+    # (N, 1, head_dim), float32: those of the pairs, twice.
     cos: Tensor
-    # (N, 1, head_dim / 2).
+    # (N, 1, head_dim / 2), float32.
     sin: Tensor
+    # How many of the N are rotated in one call.
+    rows_turned: int
 
     @classmethod
-    def from_angles(cls, angles: Tensor) -> "Rotation":
+    def from_angles(cls, angles: Tensor, rows_turned: int) -> "Rotation":
         """Angles of a head's pairs, (N, head_dim / 2)."""
         cos = angles.cos()
-        return cls(torch.cat((cos, cos), dim=-1)[:, None], angles.sin()[:, None])
+        return cls(torch.cat((cos, cos), dim=-1)[:, None], angles.sin()[:, None], rows_turned)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x (N, heads, head_dim): its first half makes the pairs with its second half."""
-        # On a CPU an operator that is given two dtypes takes several times as long as with one.
-        exact = x.float()
-        first, second = exact.chunk(2, dim=-1)
-        turned = exact * self.cos
-        turned_first, turned_second = turned.chunk(2, dim=-1)
-        turned_first.addcmul_(second, self.sin, value=-1)
-        turned_second.addcmul_(first, self.sin)
-        return turned.to(x.dtype)
+    def turn(self, x: Tensor) -> None:
+        """Rotate x (N, heads, head_dim) in place: its first half makes the pairs with its second."""
+        parts = (part.split(self.rows_turned) for part in (x, self.cos, self.sin))
+        for rows, cos, sin in zip(*parts, strict=True):
+            # A CPU takes several times as long for operands of two dtypes as for those of one.
+            exact = rows.float()
+            first, second = exact.chunk(2, dim=-1)
+            turned = exact * cos
+            turned_first, turned_second = turned.chunk(2, dim=-1)
+            turned_first.addcmul_(second, sin, value=-1)
+            turned_second.addcmul_(first, sin)
+            rows.copy_(turned)
 
 
 @functools.cache
@@ -1321,9 +1328,8 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, sizes: Sequence[int]) -> Tensor:
         """x (P, V), of images with these numbers of patches."""
         qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))
-        turned, value = qkv.split((2 * self.heads, self.heads), dim=1)
-        query, key = rotation.apply(turned).split(self.heads, dim=1)
-        images = zip(*(part.split(list(sizes)) for part in (query, key, value)), strict=True)
+        rotation.turn(qkv[:, : 2 * self.heads])
+        images = (image.split(self.heads, dim=1) for image in qkv.split(list(sizes)))
         attended = [self.attend(*image) for image in images]
         return self.proj(torch.cat(attended))
 
@@ -1410,6 +1416,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
         self.head_dim = config.vision_width // config.vision_heads
+        self.rows_turned = kernels.rows_turned
         self.patch_embed = PatchEmbed(config)
         blocks = (VisionBlock(config, kernels) for _ in range(config.vision_layers))
         self.blocks = nn.ModuleList(blocks)
@@ -1421,7 +1428,7 @@ class VisionTower(nn.Module):
         Patches are (P, 588), uint8; places, the row and the column of each, are (P, 2).
         """
         hidden = self.patch_embed(patches)
-        rotation = Rotation.from_angles(self.angles(places))
+        rotation = Rotation.from_angles(self.angles(places), self.rows_turned)
         for block in self.blocks:
             block(hidden, rotation, sizes)
         return self.merger(hidden)
@@ -1460,9 +1467,8 @@ class Attention(nn.Module):
         The latter are (N, 2 * kv_heads, head_dim), the keys first.
         """
         qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
-        turned = rotation.apply(qkv[:, : self.heads + self.kv_heads])
-        query, key = turned.split((self.heads, self.kv_heads), dim=1)
-        states = torch.cat((key, qkv[:, self.heads + self.kv_heads :]), dim=1)
+        rotation.turn(qkv[:, : self.heads + self.kv_heads])
+        query, states = qkv.split((self.heads, 2 * self.kv_heads), dim=1)
         attended = [self.attend(query, states, span, mask, prefix_states) for span in spans]
         return torch.cat(attended), states
 
@@ -1537,6 +1543,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.theta = config.theta
         self.head_dim = config.width // config.heads
+        self.rows_turned = kernels.rows_turned
         # Not by its constructor, whose random values would import 800 modules on the meta device.
         table = torch.empty(config.vocabulary, config.width)
         self.embed_tokens = nn.Embedding.from_pretrained(table)
@@ -1559,7 +1566,8 @@ class Decoder(nn.Module):
         of an input has position i on all three rotary axes, image tokens too. `prefix_states` are
         the keys and values of the prefix.
         """
-        rotation = Rotation.from_angles(rotary_angles(positions, self.head_dim // 2, self.theta))
+        angles = rotary_angles(positions, self.head_dim // 2, self.theta)
+        rotation = Rotation.from_angles(angles, self.rows_turned)
         prefix_length = len(prefix_states[0]) if prefix_states else 0
         mask = self.mask(prefix_length, max(span.longest for span in spans), hidden.device)
         states: list[Tensor] = []
@@ -1569,7 +1577,8 @@ class Decoder(nn.Module):
             is_last = number == len(self.layers) - 1
             hidden, own = layer(hidden, rotation, spans, mask, before, pooled if is_last else None)
             if keep_states:
-                states.append(own)
+                # Without the queries, beside which they lie.
+                states.append(own.clone())
         return self.norm(hidden), states
 
     def mask(self, prefix_length: int, longest: int, device: torch.device) -> Tensor:

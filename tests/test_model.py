@@ -248,7 +248,7 @@ def test_attention_of_an_image_in_bfloat16_is_near_the_exact_one(attend: Callabl
 
 
 class WithoutGuards(TorchFunctionMode):
-    """What a build of torch for CPUs lacks to compute with fake CUDA tensors: indexing, `tensor` and `asarray`."""
+    """What a build of torch for CPUs cannot do with fake CUDA tensors: indexing, copies, `tensor` and `asarray`."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -256,6 +256,8 @@ class WithoutGuards(TorchFunctionMode):
             return self.index(*arguments)
         if function is Tensor.__setitem__:
             return self.index(*arguments[:2]).add_(arguments[2])
+        if function is Tensor.copy_:
+            return arguments[0].add_(arguments[1])
         if function is Tensor.pin_memory:
             return torch.empty(arguments[0].shape, dtype=arguments[0].dtype)
         if getattr(function, "__name__", "") not in ("tensor", "asarray"):  # the last is safetensors' own

@@ -1123,10 +1123,10 @@ class Kernels:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     # Copies a linear layer's matrix into the layout of the three products above; None: it stays.
     pack: Callable[[Tensor], Tensor] | None = None
-    # Patches that pass the MLP of a vision block in one call.
+    # Patches that pass the MLP of a vision block at a time.
     rows_together: int = ALL_ROWS
-    # Tokens, or patches, whose queries and keys are rotated in one call.
-    rows_turned: int = ALL_ROWS
+    # Tokens, or patches, whose queries and keys are rotated at a time.
+    rotated_together: int = ALL_ROWS
     # Patches of several images that share a call of the vision tower. With more, memory grows
     # and speed does not.
     patches_together: int = 1 << 14
@@ -1200,9 +1200,9 @@ def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     if features.get("avx2") and not features.get("amx_bf16"):
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
-    # One image at a time, and so many of its patches that what an operator hands to the next stays
-    # in a cache. To rotate 4,888 patches at once takes six times as long as 128 at a time.
-    kernels = replace(TORCH, rows_together=512, rows_turned=128, patches_together=1)
+    # One image at a time, and so many rows that the MLP's inner layer, or what a rotation computes
+    # with, fits into a cache.
+    kernels = replace(TORCH, rows_together=512, rotated_together=128, patches_together=1)
     if dtype == torch.bfloat16 and not features.get("amx_bf16"):
         kernels = replace(kernels, attend=attend_in_chunks)
     if not onednn_agrees(dtype):
@@ -1248,33 +1248,34 @@ class MergedLinear(Linear):
 
 
 class Rotation(NamedTuple):
-    """Rotary position embedding of N tokens, or patches."""
+    """Rotary position embedding of N tokens or patches: what the pairs of a head rotate by."""
 
-    # (N, 1, head_dim), float32: those of the pairs, twice.
+    # (N, 1, head_dim), float32: each pair's cosine, in both halves.
     cos: Tensor
-    # (N, 1, head_dim / 2), float32.
+    # (N, 1, head_dim / 2), float32: each pair's sine.
     sin: Tensor
-    # How many of the N are rotated in one call.
-    rows_turned: int
 
     @classmethod
-    def from_angles(cls, angles: Tensor, rows_turned: int) -> "Rotation":
+    def from_angles(cls, angles: Tensor) -> "Rotation":
         """Angles of a head's pairs, (N, head_dim / 2)."""
         cos = angles.cos()
-        return cls(torch.cat((cos, cos), dim=-1)[:, None], angles.sin()[:, None], rows_turned)
+        return cls(torch.cat((cos, cos), dim=-1)[:, None], angles.sin()[:, None])
 
-    def turn(self, x: Tensor) -> None:
-        """Rotate x (N, heads, head_dim) in place: its first half makes the pairs with its second."""
-        parts = (part.split(self.rows_turned) for part in (x, self.cos, self.sin))
+    def rotate(self, x: Tensor, together: int) -> None:
+        """Rotate x (N, heads, head_dim) in place, so many of the N at a time.
+
+        The first half of a head makes the pairs with its second half.
+        """
+        parts = (part.split(together) for part in (x, self.cos, self.sin))
         for rows, cos, sin in zip(*parts, strict=True):
             # A CPU takes several times as long for operands of two dtypes as for those of one.
             exact = rows.float()
             first, second = exact.chunk(2, dim=-1)
-            turned = exact * cos
-            turned_first, turned_second = turned.chunk(2, dim=-1)
-            turned_first.addcmul_(second, sin, value=-1)
-            turned_second.addcmul_(first, sin)
-            rows.copy_(turned)
+            rotated = exact * cos
+            rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+            rotated_first.addcmul_(second, sin, value=-1)
+            rotated_second.addcmul_(first, sin)
+            rows.copy_(rotated)
 
 
 @functools.cache
@@ -1328,7 +1329,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, sizes: Sequence[int]) -> Tensor:
         """x (P, V), of images with these numbers of patches."""
         qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))
-        rotation.turn(qkv[:, : 2 * self.heads])
+        rotation.rotate(qkv[:, : 2 * self.heads], self.kernels.rotated_together)
         images = (image.split(self.heads, dim=1) for image in qkv.split(list(sizes)))
         attended = [self.attend(*image) for image in images]
         return self.proj(torch.cat(attended))
@@ -1416,7 +1417,6 @@ class VisionTower(nn.Module):
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
         self.head_dim = config.vision_width // config.vision_heads
-        self.rows_turned = kernels.rows_turned
         self.patch_embed = PatchEmbed(config)
         blocks = (VisionBlock(config, kernels) for _ in range(config.vision_layers))
         self.blocks = nn.ModuleList(blocks)
@@ -1428,7 +1428,7 @@ class VisionTower(nn.Module):
         Patches are (P, 588), uint8; places, the row and the column of each, are (P, 2).
         """
         hidden = self.patch_embed(patches)
-        rotation = Rotation.from_angles(self.angles(places), self.rows_turned)
+        rotation = Rotation.from_angles(self.angles(places))
         for block in self.blocks:
             block(hidden, rotation, sizes)
         return self.merger(hidden)
@@ -1447,6 +1447,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads
+        self.rotated_together = kernels.rotated_together
         head_dim = config.width // config.heads
         queries = config.heads * head_dim
         keys = config.kv_heads * head_dim
@@ -1464,10 +1465,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the heads give (N, D), which `o_proj` takes, and the keys and values.
 
-        The latter are (N, 2 * kv_heads, head_dim), the keys first.
+        The latter are (N, 2 * kv_heads, head_dim), the keys first: a view of memory in which the
+        queries lie too.
         """
         qkv = self.qkv_proj(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
-        rotation.turn(qkv[:, : self.heads + self.kv_heads])
+        rotation.rotate(qkv[:, : self.heads + self.kv_heads], self.rotated_together)
         query, states = qkv.split((self.heads, 2 * self.kv_heads), dim=1)
         attended = [self.attend(query, states, span, mask, prefix_states) for span in spans]
         return torch.cat(attended), states
@@ -1543,7 +1545,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.theta = config.theta
         self.head_dim = config.width // config.heads
-        self.rows_turned = kernels.rows_turned
         # Not by its constructor, whose random values would import 800 modules on the meta device.
         table = torch.empty(config.vocabulary, config.width)
         self.embed_tokens = nn.Embedding.from_pretrained(table)
@@ -1566,8 +1567,7 @@ class Decoder(nn.Module):
         of an input has position i on all three rotary axes, image tokens too. `prefix_states` are
         the keys and values of the prefix.
         """
-        angles = rotary_angles(positions, self.head_dim // 2, self.theta)
-        rotation = Rotation.from_angles(angles, self.rows_turned)
+        rotation = Rotation.from_angles(rotary_angles(positions, self.head_dim // 2, self.theta))
         prefix_length = len(prefix_states[0]) if prefix_states else 0
         mask = self.mask(prefix_length, max(span.longest for span in spans), hidden.device)
         states: list[Tensor] = []
@@ -1577,7 +1577,7 @@ class Decoder(nn.Module):
             is_last = number == len(self.layers) - 1
             hidden, own = layer(hidden, rotation, spans, mask, before, pooled if is_last else None)
             if keep_states:
-                # Without the queries, beside which they lie.
+                # A copy, as a view would keep the queries too.
                 states.append(own.clone())
         return self.norm(hidden), states
 
@@ -1677,10 +1677,9 @@ def place_patches(rows: int, columns: int) -> np.ndarray:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Of a CPU, and of some of CUDA's own calls, torch says so in words alone."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
     reason = str(error)
-    return "out of memory" in reason or "can't allocate memory" in reason
+    is_said = "out of memory" in reason or "can't allocate memory" in reason
+    return is_said or isinstance(error, torch.OutOfMemoryError)
 
 
 class Model:
@@ -2633,9 +2632,9 @@ async def parse_form(
     kind, options = multipart.parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     config = {"MAX_MEMORY_FILE_SIZE": math.inf}
-    no_form = MalformedError(f"body: this is no multipart form. {ImageForm.__doc__}")
+    no_form = f"body: this is no multipart form. {ImageForm.__doc__}"
     if kind != b"multipart/form-data":
-        raise no_form
+        raise MalformedError(no_form)
     try:
         parser = multipart.FormParser(
             kind.decode(),
@@ -2650,7 +2649,7 @@ async def parse_form(
             if len(files) + len(fields) > max_files + len(FORM_FIELDS):
                 raise TooLargeError(f"The form has too many parts: send at most {max_files} files.")
     except ValueError:
-        raise no_form from None
+        raise MalformedError(no_form) from None
     if not ended:
         raise MalformedError(f"body: the form has no end. {ImageForm.__doc__}")
     return files, fields

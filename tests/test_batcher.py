@@ -291,7 +291,8 @@ async def test_a_request_costs_no_more_when_thousands_wait(make: Make) -> None:
                 sys.settrace(None)
         return lines / count
 
-    assert await lines_per_request(2048) < 1.5 * await lines_per_request(64)
+    # 45 lines, and 21 more where its preparation ends meanwhile, which is up to the threads.
+    assert await lines_per_request(2048) < 2 * await lines_per_request(64)
 
 
 async def test_a_long_instruction_makes_batches_smaller(make: Make) -> None:

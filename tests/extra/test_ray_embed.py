@@ -115,7 +115,7 @@ def write_texts(folder: Path, copies: int) -> dict[int, np.ndarray]:
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """What the condition is when it holds. Nothing says when; poll."""
+    """What the condition returns once that is true. Nothing says when; poll."""
     started = time.monotonic()
     while not (found := condition()):
         assert time.monotonic() - started < PATIENCE, f"It never came to this: {what}"
@@ -218,14 +218,16 @@ def test_a_killed_worker_is_replaced_and_a_killed_job_goes_on(tmp_path: Path, cl
     killed, other = wait_until(both, "both workers work")
     # With a part that never ends, the job does not either, however fast the machine is.
     os.kill(other, signal.SIGSTOP)
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: workers_of(cluster) - {killed, other}, "another works in its place")
-    job.kill()
-    job.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(other, signal.SIGCONT)
-    finished = files()
-    rows = len(read(out, "id"))
+    try:
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: workers_of(cluster) - {killed, other}, "another works in its place")
+        job.kill()
+        job.wait()
+        finished = files()
+        rows = len(read(out, "id"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(other, signal.SIGCONT)
     assert 0 < rows < len(expected)
 
     told = finish(start(*arguments))

@@ -1194,16 +1194,17 @@ def onednn_agrees(dtype: torch.dtype) -> bool:
 def cpu_kernels(dtype: torch.dtype, width: int) -> Kernels:
     """Set torch up for a CPU, and choose what is fastest there."""
     features = torch.cpu.get_capabilities()
+    has_amx = features.get("amx_bf16")
     if width < 512:
         # The products of a small model are too short for two threads.
         torch.set_num_threads(1)
-    if features.get("avx2") and not features.get("amx_bf16"):
+    if features.get("avx2") and not has_amx:
         # oneDNN's products in place of MKL's. With AMX or on ARM it would round to bfloat16.
         torch.set_float32_matmul_precision("medium")
     # One image at a time, and so many rows that the MLP's inner layer, or what a rotation computes
     # with, fits into a cache.
     kernels = replace(TORCH, rows_together=512, rotated_together=128, patches_together=1)
-    if dtype == torch.bfloat16 and not features.get("amx_bf16"):
+    if dtype == torch.bfloat16 and not has_amx:
         kernels = replace(kernels, attend=attend_in_chunks)
     if not onednn_agrees(dtype):
         log.info(

@@ -311,13 +311,14 @@ def test_on_a_gpu_the_vectors_are_the_authors(dtype: torch.dtype, least: float |
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), gme.TooLargeError),
         (torch.OutOfMemoryError("Tried to allocate 20.00 GiB."), gme.TooLargeError),
         (lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8), gme.TooLargeError),  # which no CPU has
         (torch.AcceleratorError("CUDA error: out of memory"), gme.TooLargeError),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), gme.DeviceLostError),
         (RuntimeError("The size of tensor a must match"), RuntimeError),
     ],
-    ids=["memory of a GPU", "memory of a CPU", "memory of CUDA itself", "device lost", "another fault"],
+    ids=["GPU", "GPU in other words", "CPU", "memory of CUDA itself", "device lost", "another fault"],
 )
 def test_what_fails_is_told_apart_and_the_next_batch_works(
     monkeypatch: Patch, fault: Exception | Callable[..., Tensor], kind: type[Exception]
